@@ -1,0 +1,63 @@
+"""SIGTERM and SIGINT: finish the step, save, and leave with 143 or 130, on every rank, without a hang.
+
+Lightning 2.6 broadcasts inside its signal handler (which hangs when every rank is signalled, as torchrun and SLURM do),
+broadcasts once more in each step, and ends with code 0. Here the handler only sets a flag; at the start of the next step
+the ranks take the maximum of their flags over a CPU group and act together. A second signal leaves at once.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+
+from blagpt_pl.callbacks.checkpoint import Checkpoint
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class GracefulStop(L.Callback):
+    """Turns a signal into a checkpoint and an exit at the next step boundary."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._before: dict[int, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            os._exit(128 + number)
+        self._received = number
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        number = self._agree()
+        if not number:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.save(trainer)
+        launcher = trainer.strategy.launcher
+        spawned = launcher is not None and trainer.global_rank > 0  # its parent would kill rank 0 for a code other than 0
+        raise SystemExit(0 if spawned else 128 + number)
+
+    def _agree(self) -> int:
+        if self._group is None:
+            return self._received
+        flag = torch.tensor(self._received)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,203 @@
+"""`blagpt fit`, `validate` and `test`: LightningCLI over the house's parts, with configuration in layers."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from blagpt_pl.callbacks.atomic_io import AtomicCheckpointIO, read_checkpoint
+from blagpt_pl.callbacks.checkpoint import Checkpoint
+from blagpt_pl.callbacks.progress import Progress
+from blagpt_pl.callbacks.record import Record
+from blagpt_pl.callbacks.run_logger import RunLogger
+from blagpt_pl.callbacks.samples import Samples
+from blagpt_pl.callbacks.step_time import StepTime
+from blagpt_pl.callbacks.stop import GracefulStop
+from blagpt_pl.callbacks.vram import PeakVRAM
+from blagpt_pl.data.module import TokenData
+from blagpt_pl.errors import ConfigError
+from blagpt_pl.lab import parts, runs
+from blagpt_pl.lab.explain import explain
+from blagpt_pl.lab.layers import from_arguments, put
+from blagpt_pl.lab.parser import Complaint, FriendlyParser
+from blagpt_pl.lab.quiet import quiet
+from blagpt_pl.lab.rules import check_parsed, check_tree
+from blagpt_pl.lab.strict_yaml import load_text
+from blagpt_pl.lm import LanguageModel
+
+DEFAULTS = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+}
+PASSED_ON = ("print_config", "trainer.help")
+
+
+class BlagptCLI(LightningCLI):
+    """LightningCLI that reads one merged tree and adds the house's callbacks."""
+
+    def __init__(self, command: str, tree: dict, rest: Iterable[str] = (), run: bool = True) -> None:
+        self.command, self.tree, self.rest = command, tree, list(rest)
+        self.run_folder: runs.Run | None = None
+        super().__init__(
+            LanguageModel,
+            TokenData,
+            save_config_callback=None,
+            trainer_defaults=DEFAULTS,
+            seed_everything_default=1337,
+            parser_class=FriendlyParser,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        hidden = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": hidden | {"train_dataloaders", "val_dataloaders"},
+            "validate": hidden | {"dataloaders", "verbose"},
+            "test": hidden | {"dataloaders", "verbose"},
+        }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Build only the parser of the command that was called: the others cost a second."""
+        whole = self.subcommands
+        self.subcommands = lambda: {self.command: whole()[self.command]}
+        super()._add_subcommands(parser, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="runs of this name stand together in <logs>/<name>/")
+        parser.add_argument("--logs", type=str, default="logs", help="folder of all runs")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(StepTime, "step_time")
+        parser.link_arguments("data.context", "model.init_args.context")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        words = ["--config", json.dumps(self.tree), *self.rest]
+        self.config = parser.parse_args([self.command, *words] if self._runs else words)
+
+    @property
+    def _runs(self) -> bool:
+        return hasattr(self, "_subcommand_method_arguments")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: what a checkpoint carries is data and never overrides the user's configuration."""
+
+    @property
+    def settings(self) -> Any:
+        """The parsed configuration of the command."""
+        return self.config[self.command] if self._runs else self.config
+
+    def config_text(self) -> str:
+        """The resolved configuration, as YAML that can be run again."""
+        return self._parser(self.subcommand).dump(self.settings, skip_none=False)
+
+    def before_instantiate_classes(self) -> None:
+        if self._runs:
+            check_parsed(self.settings, self.command)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # a part says what is wrong with its values
+            raise error if hasattr(error, "exit_code") else ConfigError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        plugins = trainer.get("plugins") or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if self.command == "fit" and self._runs and not trainer.get("fast_dev_run"):
+            kwargs["logger"] = [self._run_logger(), *self._own_loggers(trainer.get("logger"))]
+        else:
+            kwargs["logger"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        if self.command == "fit":
+            callbacks = [*callbacks, PeakVRAM(), GracefulStop(), Record(self.config_text())]
+        else:
+            callbacks = []
+            config["enable_checkpointing"] = False
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(Progress())
+        return super()._instantiate_trainer(config, callbacks)
+
+    @staticmethod
+    def _own_loggers(logger: Any) -> list[Any]:
+        return [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
+
+    def _run_logger(self) -> RunLogger:
+        config = self.config_text()
+        run = runs.choose(Path(self.settings.logs), self.settings.name, config)
+        asked = self.settings.ckpt_path
+        if asked is not None:  # goes on from a named file, in a folder of its own
+            numbers = runs.numbered(Path(self.settings.logs), self.settings.name)
+            folder = Path(self.settings.logs) / self.settings.name / str(numbers[-1] + 1 if numbers else 0)
+            run = runs.Run(folder, Path(asked))
+        self.run_folder = run
+        step = None
+        if run.resume is not None:
+            step = read_checkpoint(run.resume)["global_step"]
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"resuming from {run.resume} (step {step})")
+        return RunLogger(run.folder, config, step if run.resume is not None and asked is None else None)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["weights_only"] = True
+        if subcommand == "fit":
+            if self.run_folder is not None and self.run_folder.resume is not None:
+                kwargs["ckpt_path"] = str(self.run_folder.resume)
+        else:
+            kwargs["verbose"] = False
+            if kwargs.get("ckpt_path") is not None:
+                read_checkpoint(kwargs["ckpt_path"])
+        return kwargs
+
+    def after_validate(self) -> None:
+        self._print_metrics()
+
+    def after_test(self) -> None:
+        self._print_metrics()
+
+    def _print_metrics(self) -> None:
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                if "/" in name:
+                    print(f"{name:<16}{float(value):,.6g}")
+
+
+def with_checkpoint(command: str, tree: dict) -> dict:
+    """For `validate` and `test`: the checkpoint's own model and data under what the user says."""
+    path = tree.get("ckpt_path")
+    if command == "fit" or path is None or "model" in tree:
+        return tree
+    saved = load_text(read_checkpoint(path).get("config", ""), str(path)) or {}
+    base = {key: saved[key] for key in ("seed_everything", "model", "data") if key in saved}
+    base["trainer"] = {"precision": saved.get("trainer", {}).get("precision")}
+    for key, value in tree.items():
+        put(base, key, value)
+    return base
+
+
+def run(command: str, argv: list[str]) -> None:
+    """Run `fit`, `validate` or `test` with the words that follow it."""
+    parts.import_all()
+    quiet()
+    layers = from_arguments(argv, PASSED_ON)
+    layers.tree = with_checkpoint(command, layers.tree)
+    check_tree(layers.tree)
+    try:
+        BlagptCLI(command, layers.tree, layers.rest)
+    except Complaint as complaint:
+        raise ConfigError(explain(str(complaint), layers)) from None

@@ -1,0 +1,277 @@
+"""What every architecture shares: how it is trained, measured and optimised, never how it computes.
+
+One Lightning batch is one optimizer step: `training_step` receives all micro-batches of the step, runs backward on each,
+and returns the last one's loss for Lightning to finish, so that automatic optimization, clipping and every callback count
+optimizer steps and nothing else (docs/architecture.md, "One batch is one step").
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
+from blagpt_pl.nn.base import Core, Head
+from blagpt_pl.optim.roles import groups_by_role
+from blagpt_pl.optim.schedule import Schedule
+from blagpt_pl.resume import between_steps, number_by_model, start_afresh
+from blagpt_pl.ruler import Ruler
+from blagpt_pl.sampling import sample
+from blagpt_pl.seeding import reseed
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+ScheduleFactory = Callable[[int], Schedule]
+
+
+class LanguageModel(L.LightningModule):
+    """Base of every architecture. A subclass sets `head`, and says `features` and `regions`.
+
+    Args:
+        vocab_size: V, rows of the embedding, padding included.
+        context: T, the longest sequence, in tokens.
+        optimizer: builds the optimizer from parameter groups.
+        schedule: builds the schedule from the number of steps of the run.
+        compile: backend of torch.compile for the regions and the loss, or None to run eagerly.
+    """
+
+    head: Head
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory,
+        compile: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.context = context
+        self.seed = torch.initial_seed()
+        self.ruler = Ruler()
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._backend = compile
+        self._configured = False
+        self._chunk_loss = summed
+        self._window: dict[str, Tensor] = {}  # sums since the last log, on the device
+        self._window_steps = 0
+        self._grad_norm: Tensor | None = None
+        self._lr: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ what a subclass says
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, D): everything before the head."""
+        raise NotImplementedError(f"{type(self).__name__} must say how features (B, T, D) come from tokens (B, T)")
+
+    def regions(self) -> Iterable[nn.Module]:
+        """The repeated pieces that are compiled and sharded one by one."""
+        raise NotImplementedError(f"{type(self).__name__} must name its repeated pieces")
+
+    # ------------------------------------------------------------------ the contract
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> logits (B, T, V); logits[:, t] predict tokens[:, t + 1]."""
+        return self.head(self.features(tokens))
+
+    def objective(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What training minimises.
+
+        Args:
+            tokens, targets: (B, T) int64; targets[:, t] is the token after tokens[:, t], shifted by the data stream.
+
+        Returns:
+            The next-token loss in nats a token, and the auxiliary terms by name, each already weighted.
+        """
+        return chunked(self.head, self.features(tokens), targets, body=self._chunk_loss), {}
+
+    def measure(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy of the targets that count, in nats, float64."""
+        return total_nats(self.head, self.features(tokens), targets)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, V): logits of the token that follows."""
+        return self.head(self.features(tokens)[:, -1])
+
+    def parameter_roles(self) -> dict[str, str]:
+        """The role of every distinct parameter by its name: embedding, head, matrix or vector (`optim.roles`)."""
+        kinds: dict[int, str] = {}
+        in_head = {id(p) for p in self.head.parameters()}
+        for module in self.modules():
+            for p in module.parameters(recurse=False):
+                kind = "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix"
+                kinds[id(p)] = "embedding" if isinstance(module, nn.Embedding) else kinds.get(id(p), kind)
+        return {name: kinds[id(p)] for name, p in self.named_parameters()}
+
+    def flops_per_token(self) -> int:
+        """Forward and backward, at the full context: 6 for each weight of a matrix product, and what attention reads."""
+        roles = self.parameter_roles()
+        products = sum(p.numel() for name, p in self.named_parameters() if roles[name] == "matrix")
+        products += sum(p.numel() for p in self.head.parameters() if p.ndim > 1)
+        reading = sum(core.flops_per_token(self.context) for core in self.modules() if isinstance(core, Core))
+        return 6 * products + 3 * reading
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue (B, T) tokens by `max_new_tokens`; see `sampling.sample`."""
+        return sample(self, tokens, max_new_tokens, temperature, top_k, top_p, generator)
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One optimizer step's micro-batches: inputs and targets (A, B, T), or (B, T) for a single one."""
+        inputs, targets = (t if t.ndim == 3 else t[None] for t in batch)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
+        n, ranks, rank = len(inputs), self.trainer.world_size, self.trainer.global_rank
+        for micro in range(n):
+            last = micro == n - 1
+            reseed(self.seed, self.trainer.global_step, micro * ranks + rank)
+            loss, terms = self.objective(inputs[micro], targets[micro])
+            total = sum(terms.values(), loss) / n
+            self._add_to_window({"loss": loss / n, **{name: term / n for name, term in terms.items()}})
+            if not last:
+                with self._without_sync():
+                    self.trainer.strategy.backward(total, optimizer)
+        self._window_steps += 1
+        return total
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: gradients are cleared before the first micro-batch, not between forward and backward."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Seed by the step alone, so that an optimizer which draws random numbers draws the same on every rank."""
+        reseed(self.seed, self.trainer.global_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the Trainer is told to, and keep the norm from before for the log."""
+        if gradient_clip_val or self._log_due(self.trainer.global_step + 1):
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Log the means since the last log, stamped with the number of optimizer steps taken."""
+        step = self.trainer.global_step
+        if step >= self.trainer.max_steps:
+            self.trainer.should_stop = True  # Lightning then validates once more before it leaves
+        if not self._log_due(step):
+            return
+        metrics = {f"train/{name}": value / self._window_steps for name, value in self._window.items()}
+        self.log_dict(metrics, sync_dist=True)
+        rates = set(self._lr.values())
+        lrs = {"lr": max(rates)} if len(rates) == 1 else {f"lr/{role}": lr for role, lr in self._lr.items()}
+        self.log_dict({**lrs, "grad_norm": self._grad_norm, "step": float(step)})
+        self._window, self._window_steps = {}, 0
+
+    def _log_due(self, step: int) -> bool:
+        return step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps
+
+    def _add_to_window(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach()
+            self._window[name] = self._window[name].to(value.device) + value if name in self._window else value
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        """Backward of a micro-batch that is not the step's last: gradients stay on this rank.
+
+        DDP needs nothing: its hooks wake only after its forward, which is this whole training step. FSDP2 is told.
+        """
+        sharded = isinstance(self, FSDPModule)
+        if sharded:
+            self.set_requires_gradient_sync(False)
+        yield
+        if sharded:
+            self.set_requires_gradient_sync(True)
+
+    # ------------------------------------------------------------------ measuring
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Inputs and targets (B, T), and how many bytes the targets stand for where that is known."""
+        tokens, targets, *n_bytes = batch
+        self.ruler.update(self.measure(tokens, targets), (targets != IGNORE).sum(), *n_bytes)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, val/perplexity and, where known, val/bpb."""
+        self._log_ruler("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/perplexity and, where known, test/bpb."""
+        self._log_ruler("test")
+
+    def _log_ruler(self, stage: str) -> None:
+        result = {f"{stage}/{name}": value for name, value in self.ruler.compute().items()}
+        self.ruler.reset()
+        self.log_dict({**result, "step": float(self.trainer.global_step)}, sync_dist=False)
+
+    # ------------------------------------------------------------------ resuming
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Write the run's position as it is between two steps, and what it is a function of."""
+        between_steps(checkpoint["loops"], checkpoint["global_step"])
+        if "optimizer_states" in checkpoint and not isinstance(self, FSDPModule):
+            for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+                number_by_model(state, optimizer, list(self.parameters()))
+        window = {name: self.trainer.strategy.reduce(value, reduce_op="mean").cpu() for name, value in self._window.items()}
+        checkpoint["position"] = {
+            "step": checkpoint["global_step"],
+            "seed": self.seed,
+            "window": window,
+            "window_steps": self._window_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Take up the means that were being made for the next log."""
+        position = checkpoint.get("position", {})
+        self._window, self._window_steps = dict(position.get("window", {})), position.get("window_steps", 0)
+
+    def on_train_start(self) -> None:
+        """Begin the next step like any other, also after a resume."""
+        start_afresh(self.trainer)
+
+    # ------------------------------------------------------------------ wiring
+
+    def configure_model(self) -> None:
+        """Compile the regions in place, then shard them where the strategy shards (FSDP2)."""
+        if self._configured:
+            return
+        self._configured = True
+        if self._backend is not None:
+            torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
+            for region in self.regions():
+                region.compile(backend=self._backend, fullgraph=True, dynamic=False)
+            self._chunk_loss = torch.compile(summed, backend=self._backend, dynamic=False)
+        mesh = self.device_mesh
+        if mesh is not None:
+            for region in self.regions():
+                fully_shard(region, mesh=mesh["data_parallel"])
+            fully_shard(self, mesh=mesh["data_parallel"])
+            for method in ("objective", "measure", "next_logits"):
+                register_fsdp_forward_method(self, method)
+
+    def configure_optimizers(self) -> dict:
+        """One optimizer over the groups of `parameter_roles`, and the schedule over all of its groups."""
+        named: list[tuple[str, Parameter]] = list(self.named_parameters())
+        optimizer = self._optimizer(groups_by_role(named, self.parameter_roles()))
+        schedule = self._schedule(self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule.on(optimizer), "interval": "step"}}

@@ -1,0 +1,1 @@
+"""Losses: what a model is asked to minimise."""

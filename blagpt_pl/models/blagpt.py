@@ -1,0 +1,77 @@
+"""BlaGPT: the decoder-only transformer whose every part is a socket.
+
+Source   Radford et al. 2019 (GPT-2) for the frame; what it is made of is said in its configuration
+Formula  x = E[tokens] (+ positions);  x ← block_l(x) for each l;  features = norm(x)
+Cost     that of its parts
+"""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
+from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
+from blagpt_pl.nn.block import Block
+
+BlockFactory = Callable[[Site], Block]
+
+
+class BlaGPT(LanguageModel):
+    """Token embedding, blocks, final norm, head.
+
+    Args:
+        vocab_size: V, rows of the embedding, padding included.
+        context: T, the longest sequence, in tokens.
+        d_model: D, width of the residual stream.
+        n_layers: number of blocks.
+        block: what is repeated.
+        norm: normalisation after the last block.
+        head: from features to logits.
+        init: how the parameters start.
+        optimizer: builds the optimizer from parameter groups.
+        schedule: builds the schedule from the number of steps of the run.
+        positions: added to the token embeddings; none by default.
+        dropout: probability of dropping an element of the embeddings in training.
+        compile: backend of torch.compile for the blocks and the loss, or None to run eagerly.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        d_model: int,
+        n_layers: int,
+        block: BlockFactory,
+        norm: NormFactory,
+        head: HeadFactory,
+        init: Init,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory,
+        positions: PositionsFactory | None = None,
+        dropout: float = 0.0,
+        compile: str | None = None,
+    ) -> None:
+        super().__init__(vocab_size, context, optimizer, schedule, compile)
+        sites = [Site(d_model, n_layers, layer, vocab_size, context) for layer in range(n_layers)]
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.positions = None if positions is None else positions(sites[0])
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.blocks = nn.ModuleList(built("model.block", block, site) for site in sites)
+        self.norm = built("model.norm", norm, d_model)
+        self.head = built("model.head", head, sites[0], self.embedding)
+        init(self, sites[0])
+
+    def regions(self) -> Iterable[nn.Module]:
+        return self.blocks
+
+    def features(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > self.context:
+            raise ValueError(f"tokens: {tokens.shape[1]} a sequence (context {self.context}); fix: data.context or shorter input")
+        x = self.embedding(tokens)  # (B, T, D)
+        if self.positions is not None:
+            x = x + self.positions(tokens)
+        x = self.drop(x)
+        carry = Carry(tokens, x)
+        for block in self.blocks:
+            x = block(x, carry)
+        return self.norm(x)

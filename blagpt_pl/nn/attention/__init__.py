@@ -1,0 +1,1 @@
+"""Attention: the pipeline project → edits → core → out, and the parts that plug into it."""

@@ -1,0 +1,33 @@
+"""Softmax attention through torch's fused kernels.
+
+Source   Vaswani et al. 2017, arXiv:1706.03762; kernels: Dao 2023, arXiv:2307.08691, and torch's own
+Formula  y_t = Σ_{s ≤ t} softmax_s(q_t · k_s / sqrt(K)) v_s; query head h reads key/value head h // (H / G)
+Differs  the keys and values of a group are never repeated in memory
+Cost     2 T² K H multiply-adds a sequence (causal), no T × T matrix
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from blagpt_pl.nn.base import Core, Heads
+
+
+class SDPA(Core):
+    """Causal scaled-dot-product attention.
+
+    Args:
+        heads: the attention's heads.
+        dropout: probability of dropping an attention weight in training.
+    """
+
+    def __init__(self, heads: Heads, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+
+    def flops_per_token(self, context: int) -> int:
+        return 2 * context * self.heads.n * self.heads.dim  # q·k and p·v, 2 each, over half the context on average
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=self.heads.n != self.heads.n_kv)

@@ -1,0 +1,165 @@
+"""The nouns every part is written in: what a part is told, what travels beside the stream, and the kinds of part.
+
+A *kind* is a base class; a socket's type is a *factory* of a kind: a callable that, given the runtime facts (`Site`,
+`Heads` or a width), builds the part. A class whose first argument is that fact is itself a factory, so YAML needs only
+the class's name. Each kind has its own base class, so that a bare name resolves only among the parts that fit.
+
+Letters, the same everywhere: B batch, T tokens, D width of the stream, H query heads, G key/value heads, K width of a
+head, F hidden width of an MLP, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a part is built: the facts of the model that it may rely on.
+
+    Attributes:
+        d_model: D, width of the residual stream.
+        n_layers: number of blocks in the model.
+        layer: index of the block this part belongs to, from 0; the embedding and the head are told 0.
+        vocab_size: V, rows of the embedding, padding included.
+        context: T, the longest sequence, in tokens.
+    """
+
+    d_model: int
+    n_layers: int
+    layer: int
+    vocab_size: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The same inside attention.
+
+    Attributes:
+        site: where the attention stands.
+        n: H, query heads.
+        n_kv: G, key/value heads; query head h reads key/value head h // (H / G).
+        dim: K, width of one head.
+    """
+
+    site: Site
+    n: int
+    n_kv: int
+    dim: int
+
+
+@dataclass
+class Carry:
+    """What travels beside the stream during one forward; created there, so nothing outlives a batch.
+
+    Attributes:
+        tokens: (B, T) int64, the input.
+        x0: (B, T, D), the stream as it entered the first block.
+        memo: tensors that one layer leaves for later ones, by name.
+    """
+
+    tokens: Tensor
+    x0: Tensor
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Part(nn.Module):
+    """Anything a block joins to the stream: (x, carry) -> y, both (B, T, D)."""
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it computes: (B, T, D) -> (B, T, D)")
+
+
+class SequenceMixer(Part):
+    """A part that moves information between positions, never from a later one to an earlier one."""
+
+
+class ChannelMixer(Part):
+    """A part that treats every position alone."""
+
+
+class HeadEdit(nn.Module):
+    """An edit of the projected heads: q (B, H, T, K), k and v (B, G, T, K), same shapes out."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must return edited (q, k, v)")
+
+
+class Core(nn.Module):
+    """How queries read: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), causally."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must return (B, H, T, K)")
+
+    def flops_per_token(self, context: int) -> int:
+        """Multiplications and additions of one forward, a token, at this many tokens of context."""
+        raise NotImplementedError(f"{type(self).__name__} must count its FLOPs")
+
+
+class Norm(nn.Module):
+    """A normalisation over the last dimension; built from its width."""
+
+
+class Activation(nn.Module):
+    """An elementwise nonlinearity."""
+
+
+class Positions(nn.Module):
+    """What is added to the token embeddings to tell where they stand: (B, T) tokens -> (T, D)."""
+
+
+class Head(nn.Module):
+    """From features to logits: (..., D) -> (..., V). Built from its `Site` and the embedding table."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must return logits (..., V)")
+
+
+class Init:
+    """How the parameters of a whole model start; called once, when the model is built."""
+
+    def __call__(self, model: nn.Module, site: Site) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must initialise the model's parameters in place")
+
+
+class OutputLinear(nn.Linear):
+    """A linear map that writes into the residual stream; an `Init` treats these by their kind, not by their name."""
+
+
+NormFactory = Callable[[int], Norm]
+ActivationFactory = Callable[[], Activation]
+SequenceMixerFactory = Callable[[Site], SequenceMixer]
+ChannelMixerFactory = Callable[[Site], ChannelMixer]
+HeadEditFactory = Callable[[Heads], HeadEdit]
+CoreFactory = Callable[[Heads], Core]
+PositionsFactory = Callable[[Site], Positions]
+HeadFactory = Callable[[Site, nn.Embedding], Head]
+
+
+def built(socket: str, factory: Callable | None, *facts: object) -> nn.Module:
+    """Build the part of a required socket.
+
+    Raises:
+        ValueError: the socket was left empty, or holds something that is not a module.
+    """
+    if factory is None:
+        raise ValueError(f"{socket}: empty (expected the name of a part, or class_path and init_args)")
+    part = factory(*facts)
+    if not isinstance(part, nn.Module):
+        raise ValueError(f"{socket}: {type(part).__name__} is not a torch.nn.Module")  # noqa: TRY004
+    return part
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is float64: where sums, angles and softmaxes are made."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def count(parameters: object) -> int:
+    """Number of scalars in distinct tensors: a shared tensor counts once."""
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+
+

@@ -1,0 +1,50 @@
+"""Normalisations over the last dimension.
+
+RMSNorm    Zhang & Sennrich 2019, arXiv:1910.07467, eq. (4):  y_i = g_i · x_i / sqrt(mean_j x_j² + eps)
+LayerNorm  Ba et al. 2016, arXiv:1607.06450:                  y_i = g_i · (x_i - mean) / sqrt(var + eps) + b_i
+Differs    statistics in float32 whatever the input's dtype; the result has the input's dtype
+Cost       D parameters (LayerNorm: 2 D), no matmul
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blagpt_pl.nn.base import Norm, wide
+
+
+class RMSNorm(Norm):
+    """Rescale a vector to unit root-mean-square, then apply a learned gain.
+
+    Args:
+        dim: width of the last dimension.
+        eps: added to the mean square, so that a zero vector stays zero.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
+
+
+class LayerNorm(Norm):
+    """Centre a vector, rescale it to unit variance, then apply a learned gain and shift.
+
+    Args:
+        dim: width of the last dimension.
+        eps: added to the variance.
+        bias: whether to learn the shift.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = None if self.bias is None else wide(self.bias)
+        return F.layer_norm(wide(x), self.weight.shape, wide(self.weight), shift, self.eps).to(x.dtype)

@@ -1,0 +1,41 @@
+"""What each tensor is, told to the optimizer as plain parameter groups with one extra key, `role`.
+
+Roles: `embedding` (a table looked up by token or position), `head` (a map onto the vocabulary of its own), `matrix` (any
+other tensor of two or more dimensions), `vector` (gains, biases, scalars). Weight decay acts on matrices unless a group
+says otherwise.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from torch.nn import Parameter
+
+ROLES = ("matrix", "embedding", "head", "vector")
+
+
+def groups_by_role(named: Iterable[tuple[str, Parameter]], roles: Mapping[str, str]) -> list[dict]:
+    """One parameter group for each role present, in the order of `ROLES`.
+
+    Args:
+        named: every distinct parameter with its name.
+        roles: the role of each name.
+
+    Returns:
+        torch parameter groups with `params`, `role` and, on all but matrices, `weight_decay: 0`.
+
+    Raises:
+        ValueError: a trainable parameter without a role, a role without a parameter, or an unknown role.
+    """
+    named = dict(named)
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    if missing := sorted(trainable.keys() - roles.keys()):
+        raise ValueError(f"parameter_roles: no role for {missing[0]} (and {len(missing) - 1} more); every trainable tensor needs one")
+    if idle := sorted(roles.keys() - named.keys()):
+        raise ValueError(f"parameter_roles: {idle[0]} (and {len(idle) - 1} more) is no parameter; a role must match one")
+    if unknown := sorted(set(roles.values()) - set(ROLES)):
+        raise ValueError(f"parameter_roles: unknown role {unknown[0]!r} (expected one of {', '.join(ROLES)})")
+    groups = []
+    for role in ROLES:
+        members = [p for name, p in trainable.items() if roles[name] == role]
+        if members:
+            groups.append({"params": members, "role": role, **({} if role == "matrix" else {"weight_decay": 0.0})})
+    return groups

@@ -1,0 +1,305 @@
+"""The chunked loss equals its naive twin, in value and in every gradient, and never holds the logits."""
+
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from helpers import SITE, D, V
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blagpt_pl.losses.next_token import IGNORE, chunked, full, summed, token_losses, total_nats
+from blagpt_pl.nn.head import LinearHead, TiedHead
+
+HEADS = {"tied": TiedHead, "linear": LinearHead, "linear with bias": partial(LinearHead, bias=True)}
+
+
+def problem(
+    head: str = "linear with bias", shape: tuple[int, ...] = (3, 17), ignored: float = 0.3, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A head, features (..., D) that are a leaf, and targets of which some count nowhere."""
+    module = HEADS[head](SITE, nn.Embedding(V, D)).to(dtype)
+    features = torch.randn(*shape, D, dtype=dtype, requires_grad=True)
+    targets = torch.randint(V, shape)
+    targets[torch.rand(shape) < ignored] = IGNORE
+    targets.view(-1)[0] = 5  # one that counts
+    return module, features, targets
+
+
+def results(loss: Tensor, head: nn.Module, features: Tensor, factor: float = 1.0) -> list[Tensor]:
+    """The loss, and the gradients of features and head after backward from factor · loss."""
+    inputs = [features, *head.parameters()]
+    return [loss.detach(), *torch.autograd.grad(factor * loss, inputs)]
+
+
+def gap(mine: list[Tensor], theirs: list[Tensor]) -> float:
+    assert len(mine) == len(theirs)
+    return max((a - b).abs().max().item() for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 17, 50, 51, 8192])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_chunked_equals_full(chunk: int, head: str, ignored: float) -> None:
+    module, features, targets = problem(head, ignored=ignored)
+    mine = results(chunked(module, features, targets, chunk), module, features)
+    theirs = results(full(module, features, targets), module, features)
+    assert gap(mine, theirs) < 1e-12
+    assert all(g.any() for g in theirs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40), st.floats(-1e3, 1e3), st.sampled_from(list(HEADS)))
+def test_chunked_equals_full_for_any_shape(batch: int, length: int, chunk: int, factor: float, head: str) -> None:
+    module, features, targets = problem(head, (batch, length))
+    mine = results(chunked(module, features, targets, chunk), module, features, factor)
+    theirs = results(full(module, features, targets), module, features, factor)
+    assert gap(mine, theirs) < 1e-12 * (1 + abs(factor))
+
+
+def test_the_value_is_the_definition() -> None:
+    module, features, targets = problem("linear with bias", (2, 9))
+    p = module(features).softmax(-1)
+    rows = [-p[b, t, targets[b, t]].log() for b in range(2) for t in range(9) if targets[b, t] != IGNORE]
+    assert abs(chunked(module, features, targets, 4) - sum(rows) / len(rows)) < 1e-12
+
+
+def test_gradients_pass_gradcheck() -> None:
+    module, features, targets = problem("linear with bias", (5,))
+    small = module.linear.weight[:7].detach().clone().requires_grad_()
+    targets = targets.clamp(max=6)
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(small)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    head = Small()
+    assert torch.autograd.gradcheck(lambda x, w: chunked(head, x, targets, 2), (features, head.weight))
+
+
+def test_the_trunk_and_a_tied_table_receive_the_sum() -> None:
+    """One table both looks tokens up and scores them: both gradients add up in it."""
+    tokens, targets = torch.randint(V, (2, 3, 17)).unbind()
+    gradients = []
+    for loss in (full, partial(chunked, chunk=8)):
+        torch.manual_seed(4)
+        table, mix = nn.Embedding(V, D).double(), nn.Linear(D, D).double()
+        loss(TiedHead(SITE, table), mix(table(tokens)).tanh(), targets).backward()
+        gradients.append([table.weight.grad, mix.weight.grad, mix.bias.grad])
+    assert gap(*gradients) < 1e-12
+
+
+def test_two_backwards_accumulate() -> None:
+    module, features, targets = problem()
+    sums = []
+    for loss in (full, partial(chunked, chunk=8)):
+        module.zero_grad()
+        features.grad = None
+        for _ in range(2):
+            (loss(module, features, targets) / 2).backward()
+        sums.append([features.grad, *(p.grad for p in module.parameters())])
+    assert gap(*sums) < 1e-12
+
+
+def test_a_term_beside_it_adds_its_own_gradient() -> None:
+    module, features, targets = problem()
+    mine, theirs = (
+        results(loss(module, features, targets) + 0.1 * features.square().mean(), module, features)
+        for loss in (partial(chunked, chunk=8), full)
+    )
+    assert gap(mine, theirs) < 1e-12
+
+
+def test_a_frozen_head_receives_nothing() -> None:
+    module, features, targets = problem()
+    module.requires_grad_(False)
+    (mine,) = torch.autograd.grad(chunked(module, features, targets, 8), [features])
+    (theirs,) = torch.autograd.grad(full(module, features, targets), [features])
+    assert gap([mine], [theirs]) < 1e-12
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Its gradients are stored, not computed in backward: to differentiate them again would silently give too little."""
+    module, features, targets = problem()
+    loss = features.exp().mean() * chunked(module, features, targets, 8)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, [features], create_graph=True)
+
+
+def test_ignored_rows_change_nothing() -> None:
+    module, features, targets = problem()
+    before = results(chunked(module, features, targets, 8), module, features)
+    with torch.no_grad():
+        features[targets == IGNORE] = 1e3
+    after = results(chunked(module, features, targets, 8), module, features)
+    assert gap(before, after) < 1e-12
+    assert not after[1][targets == IGNORE].any()
+
+
+def test_a_chunk_that_counts_nowhere() -> None:
+    module, features, targets = problem(shape=(40,), ignored=0.0)
+    targets[8:24] = IGNORE  # two whole chunks
+    theirs = results(full(module, features, targets), module, features)
+    assert gap(results(chunked(module, features, targets, 8), module, features), theirs) < 1e-12
+
+
+def test_a_batch_that_counts_nowhere_has_no_mean() -> None:
+    module, features, targets = problem()
+    targets[:] = IGNORE
+    assert chunked(module, features, targets, 8).isnan()
+    assert full(module, features, targets).isnan()
+    assert total_nats(module, features, targets) == 0
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_under_bf16_autocast(head: str) -> None:
+    """As exact as the twin under autocast, measured from float32; gradients keep their parameters' dtype."""
+    module, features, targets = problem(head, (4, 64), dtype=torch.float32)
+    exact = results(full(module, features, targets), module, features)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = results(chunked(module, features, targets, 48), module, features)
+        theirs = results(full(module, features, targets), module, features)
+    assert [g.dtype for g in mine] == [torch.float32] * len(mine)
+    for a, b, reference in zip(mine, theirs, exact, strict=True):
+        scale = reference.abs().max()
+        assert (a - reference).abs().max() < 2e-2 * scale
+        assert (a - reference).abs().max() < 2 * (b - reference).abs().max() + 1e-6 * scale
+
+
+def test_bf16_weights_add_up_in_float32() -> None:
+    """Many small chunks: the head's gradient is as good as that of one chunk."""
+    module, features, targets = problem("tied", (512,), dtype=torch.bfloat16)
+    double = TiedHead(SITE, nn.Embedding(V, D)).double()
+    with torch.no_grad():
+        double.weight.copy_(module.weight)
+    exact = results(full(double, wide := features.detach().double().requires_grad_(), targets), double, wide)
+    mine = results(chunked(module, features, targets, 8), module, features)
+    assert mine[2].dtype == torch.bfloat16
+    assert (mine[2].double() - exact[2]).abs().max() < 1e-2 * exact[2].abs().max()
+
+
+def test_a_compiled_body_is_called_once_a_chunk() -> None:
+    calls = []
+
+    def body(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(targets))
+        return summed(head, features, targets)
+
+    module, features, targets = problem(shape=(20,))
+    loss = chunked(module, features, targets, 8, body)
+    assert calls == [8, 8, 4]
+    loss.backward()
+    assert calls == [8, 8, 4]
+
+
+# ---------------------------------------------------------------------- the ruler's sum
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 51, 8192])
+def test_total_nats_is_the_sum_in_float64(chunk: int) -> None:
+    module, features, targets = problem(dtype=torch.float32)
+    nats = total_nats(module, features, targets, chunk)
+    p = module.double()(features.double()).log_softmax(-1).flatten(0, 1)
+    expected = sum(-p[i, t].item() for i, t in enumerate(targets.flatten().tolist()) if t != IGNORE)
+    assert nats.dtype == torch.float64
+    assert not nats.requires_grad
+    assert abs(nats.item() - expected) < 1e-6 * expected
+
+
+def test_total_nats_does_not_drift() -> None:
+    """A float32 sum of a million losses near 11 is off by far more."""
+    n = 2**20
+    head = nn.Identity()
+    logits = torch.full((n, 2), 0.0)
+    logits[:, 1] = -10.7
+    exact = n * token_losses(logits[:1].double(), torch.ones(1, dtype=torch.int64)).item()
+    drift = abs(total_nats(head, logits, torch.ones(n, dtype=torch.int64)).item() - exact)
+    assert drift < 1e-7 * exact
+
+
+def test_padding_and_mean_agree() -> None:
+    module, features, targets = problem()
+    n = (targets != IGNORE).sum()
+    assert abs(total_nats(module, features, targets) / n - full(module, features, targets)) < 1e-12
+
+
+# ---------------------------------------------------------------------- memory
+
+
+class Memory(TorchDispatchMode):
+    """Watches every tensor an operation returns: the largest, and the most bytes alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            self.largest = max(self.largest, tensor.numel())
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return out
+
+    def freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def watched(loss: object, backward: bool = True) -> tuple[Memory, int]:
+    """Memory of a loss and its backward over N = 512 tokens, and the elements of all logits, N · V."""
+    vocabulary, tokens = 1000, 512
+    head = TiedHead(SITE, nn.Embedding(vocabulary, 8))
+    features = torch.randn(tokens, 8, requires_grad=backward)
+    targets = torch.randint(vocabulary, (tokens,))
+    with Memory() as memory:
+        value = loss(head, features, targets)
+        if backward:
+            value.backward()
+    return memory, tokens * vocabulary
+
+
+@pytest.mark.parametrize("chunk", [16, 100])
+def test_all_logits_are_never_held(chunk: int) -> None:
+    memory, everything = watched(partial(chunked, chunk=chunk))
+    naive, _ = watched(full)
+    assert memory.largest == chunk * 1000
+    assert naive.largest == everything  # the same watch sees them in the twin
+    assert memory.peak < 4 * 4 * chunk * 1000 + 200_000  # logits, their softmax and gradients of one chunk, and the head's
+    assert naive.peak > 2 * 4 * everything
+
+
+def test_measuring_holds_one_chunk_too() -> None:
+    memory, _ = watched(partial(total_nats, chunk=16), backward=False)
+    assert memory.largest == 16 * 1000
+    assert memory.peak < 4 * 4 * 16 * 1000
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_peak_is_one_chunk() -> None:
+    vocabulary, tokens, width, chunk = 50304, 16384, 256, 2048
+    peaks = []
+    for loss in (partial(chunked, chunk=chunk), full):
+        table = nn.Embedding(vocabulary, width, device="cuda")
+        features = torch.randn(tokens, width, device="cuda", requires_grad=True)
+        targets = torch.randint(vocabulary, (tokens,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss(TiedHead(SITE, table), features, targets).backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] < 0.4 * peaks[1]

@@ -1,0 +1,110 @@
+"""Whole runs of the `blagpt` command, in processes of their own, on a model and data so small that start-up is the cost."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from blagpt_pl.data.shards import write_shard
+
+FSDP = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
+}
+
+
+def tiny_config(folder: Path) -> dict:
+    """A complete configuration: dropout, two micro-batches a step, an odd number of validation tokens."""
+    norm = "RMSNorm"
+    attention = {"n_heads": 4, "n_kv_heads": 2, "edits": ["RoPE"], "core": "SDPA"}
+    block = {
+        "norm": norm,
+        "attention": {"class_path": "Attention", "init_args": attention},
+        "mlp": {"class_path": "GatedMLP", "init_args": {"activation": "SiLU", "ratio": 2}},
+        "dropout": 0.1,
+    }
+    model = {
+        "vocab_size": 257, "d_model": 32, "n_layers": 2, "norm": norm, "head": "TiedHead", "dropout": 0.1,
+        "init": {"class_path": "GPT2Init", "init_args": {"zero_outputs": True}},
+        "block": {"class_path": "Block", "init_args": block},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}},
+        "schedule": {"class_path": "Trapezoid", "init_args": {"warmup": 2, "warmdown": 4}},
+    }  # fmt: skip
+    files = {"train": [str(folder / "train_*.bin")], "val": [str(folder / "val_*.bin")], "tokenizer": "ByteTokenizer"}
+    return {
+        "name": "tiny",
+        "model": {"class_path": "BlaGPT", "init_args": model},
+        "data": {
+            "source": {"class_path": "ShardFiles", "init_args": files},
+            "context": 32, "batch_size": 8, "device_batch_size": 4, "val_tokens": 1001, "shuffle_seed": 0,
+        },
+        "trainer": {"max_steps": 12, "val_check_interval": 5, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
+        "samples": {"max_new_tokens": 4},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of a tiny run over bytes with some structure."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    walk = np.cumsum(rng.integers(-2, 3, 12000)) % 256
+    write_shard(folder / "train_0.bin", walk[:10000], 257)
+    write_shard(folder / "val_0.bin", walk[10000:], 257)
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(folder)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """One thread a process, and no trace of a launcher around the tests."""
+    unwanted = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
+    return {**{k: v for k, v in os.environ.items() if k not in unwanted}, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def blagpt(config: Path, environment: dict[str, str]) -> Callable[..., subprocess.Popen]:
+    """Start `blagpt WORDS...` in a folder; `torchrun=2` starts it under torchrun."""
+
+    def start(cwd: Path, *words: str, torchrun: int = 0) -> subprocess.Popen:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)] if torchrun else []
+        command = [sys.executable, *launcher, "-m", "blagpt_pl.cli", *words]
+        return subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(blagpt: Callable[..., subprocess.Popen]) -> Callable[..., tuple[str, str]]:
+    """Run `blagpt` to its end and return what it printed; fail unless it exits as expected."""
+
+    def finish(cwd: Path, *words: str, torchrun: int = 0, code: int = 0) -> tuple[str, str]:
+        process = blagpt(cwd, *words, torchrun=torchrun)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+        return out, err
+
+    return finish
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of a run's event files: (step, value) by tag."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def texts(folder: Path) -> list[str]:
+    """Tags of a run's texts."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events.Tags()["tensors"]
