@@ -5,24 +5,25 @@ and returns the last one's loss for Lightning to finish, so that automatic optim
 optimizer steps and nothing else (docs/architecture.md, "One batch is one step").
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
 from blagpt_pl.nn.base import Core, Head
+from blagpt_pl.nn.roles import roles_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Schedule
 from blagpt_pl.resume import between_steps, number_by_model, start_afresh
 from blagpt_pl.ruler import Ruler
 from blagpt_pl.sampling import sample
 from blagpt_pl.seeding import reseed
+from blagpt_pl.sharding import is_sharded, shard, without_sync
+from blagpt_pl.window import Window
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 ScheduleFactory = Callable[[int], Schedule]
@@ -59,10 +60,10 @@ class LanguageModel(L.LightningModule):
         self._backend = compile
         self._configured = False
         self._chunk_loss = summed
-        self._window: dict[str, Tensor] = {}  # sums since the last log, on the device
-        self._window_steps = 0
+        self._window = Window()
         self._grad_norm: Tensor | None = None
         self._lr: dict[str, float] = {}
+        self._tokens_per_step = 0
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -101,13 +102,7 @@ class LanguageModel(L.LightningModule):
 
     def parameter_roles(self) -> dict[str, str]:
         """The role of every distinct parameter by its name: embedding, head, matrix or vector (`optim.roles`)."""
-        kinds: dict[int, str] = {}
-        in_head = {id(p) for p in self.head.parameters()}
-        for module in self.modules():
-            for p in module.parameters(recurse=False):
-                kind = "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix"
-                kinds[id(p)] = "embedding" if isinstance(module, nn.Embedding) else kinds.get(id(p), kind)
-        return {name: kinds[id(p)] for name, p in self.named_parameters()}
+        return roles_of(self, self.head)
 
     def flops_per_token(self) -> int:
         """Forward and backward, at the full context: 6 for each weight of a matrix product, and what attention reads."""
@@ -138,16 +133,18 @@ class LanguageModel(L.LightningModule):
         optimizer.zero_grad()
         self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
         n, ranks, rank = len(inputs), self.trainer.world_size, self.trainer.global_rank
+        self._tokens_per_step = inputs.numel() * ranks
         for micro in range(n):
             last = micro == n - 1
             reseed(self.seed, self.trainer.global_step, micro * ranks + rank)
             loss, terms = self.objective(inputs[micro], targets[micro])
             total = sum(terms.values(), loss) / n
-            self._add_to_window({"loss": loss / n, **{name: term / n for name, term in terms.items()}})
+            for name, value in {"loss": loss, **terms}.items():
+                self._window.add(name, value / n)
             if not last:
-                with self._without_sync():
+                with without_sync(self):
                     self.trainer.strategy.backward(total, optimizer)
-        self._window_steps += 1
+        self._window.steps += 1
         return total
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -174,33 +171,15 @@ class LanguageModel(L.LightningModule):
             self.trainer.should_stop = True  # Lightning then validates once more before it leaves
         if not self._log_due(step):
             return
-        metrics = {f"train/{name}": value / self._window_steps for name, value in self._window.items()}
-        self.log_dict(metrics, sync_dist=True)
-        rates = set(self._lr.values())
-        lrs = {"lr": max(rates)} if len(rates) == 1 else {f"lr/{role}": lr for role, lr in self._lr.items()}
-        self.log_dict({**lrs, "grad_norm": self._grad_norm, "step": float(step)})
-        self._window, self._window_steps = {}, 0
+        self.log_dict({f"train/{name}": mean for name, mean in self._window.means().items()}, sync_dist=True)
+        rates = {"lr": next(iter(self._lr.values()))}
+        if len(set(self._lr.values())) > 1:
+            rates |= {f"lr/{role}": lr for role, lr in self._lr.items()}
+        tokens = float(step * self._tokens_per_step)
+        self.log_dict({**rates, "grad_norm": self._grad_norm, "tokens": tokens, "step": float(step)})
 
     def _log_due(self, step: int) -> bool:
         return step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps
-
-    def _add_to_window(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach()
-            self._window[name] = self._window[name].to(value.device) + value if name in self._window else value
-
-    @contextmanager
-    def _without_sync(self) -> Iterator[None]:
-        """Backward of a micro-batch that is not the step's last: gradients stay on this rank.
-
-        DDP needs nothing: its hooks wake only after its forward, which is this whole training step. FSDP2 is told.
-        """
-        sharded = isinstance(self, FSDPModule)
-        if sharded:
-            self.set_requires_gradient_sync(False)
-        yield
-        if sharded:
-            self.set_requires_gradient_sync(True)
 
     # ------------------------------------------------------------------ measuring
 
@@ -229,21 +208,18 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Write the run's position as it is between two steps, and what it is a function of."""
         between_steps(checkpoint["loops"], checkpoint["global_step"])
-        if "optimizer_states" in checkpoint and not isinstance(self, FSDPModule):
+        if "optimizer_states" in checkpoint and not is_sharded(self):
             for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
                 number_by_model(state, optimizer, list(self.parameters()))
-        window = {name: self.trainer.strategy.reduce(value, reduce_op="mean").cpu() for name, value in self._window.items()}
-        checkpoint["position"] = {
-            "step": checkpoint["global_step"],
-            "seed": self.seed,
-            "window": window,
-            "window_steps": self._window_steps,
-        }
+        mean_over_ranks = self.trainer.strategy.reduce
+        sums = {name: mean_over_ranks(total, reduce_op="mean").cpu() for name, total in self._window.sums.items()}
+        window = {"sums": sums, "steps": self._window.steps}
+        checkpoint["position"] = {"step": checkpoint["global_step"], "seed": self.seed, "window": window}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Take up the means that were being made for the next log."""
-        position = checkpoint.get("position", {})
-        self._window, self._window_steps = dict(position.get("window", {})), position.get("window_steps", 0)
+        window = checkpoint.get("position", {}).get("window", {})
+        self._window.sums, self._window.steps = dict(window.get("sums", {})), window.get("steps", 0)
 
     def on_train_start(self) -> None:
         """Begin the next step like any other, also after a resume."""
@@ -261,13 +237,8 @@ class LanguageModel(L.LightningModule):
             for region in self.regions():
                 region.compile(backend=self._backend, fullgraph=True, dynamic=False)
             self._chunk_loss = torch.compile(summed, backend=self._backend, dynamic=False)
-        mesh = self.device_mesh
-        if mesh is not None:
-            for region in self.regions():
-                fully_shard(region, mesh=mesh["data_parallel"])
-            fully_shard(self, mesh=mesh["data_parallel"])
-            for method in ("objective", "measure", "next_logits"):
-                register_fsdp_forward_method(self, method)
+        if self.device_mesh is not None:
+            shard(self, self.regions(), self.device_mesh)
 
     def configure_optimizers(self) -> dict:
         """One optimizer over the groups of `parameter_roles`, and the schedule over all of its groups."""

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "blagpt_pl"
-BOTTOM = {"errors", "seeding", "ruler", "sampling", "resume", "flops"}
+BOTTOM = {"errors", "seeding", "ruler", "sampling", "resume", "flops", "window", "sharding"}
 TRAINING = {"nn", "losses", "optim"}
 
 # What each layer may import of blagpt_pl besides itself. A layer is a folder or a file directly in the package.

@@ -227,6 +227,12 @@ def test_nothing_is_wrong_with_what_is_right(base: Path) -> None:
     assert mistakes_in(from_arguments(["--config", str(base), "--trainer", trainer]).tree) == []
 
 
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_nothing_is_wrong_with_the_configurations_of_the_house(config: Path) -> None:
+    parts.import_all()
+    assert mistakes_in(from_arguments(["--config", str(config)]).tree) == []
+
+
 def test_a_stranger_in_the_current_folder(base: Path, tmp_path: Path) -> None:
     (tmp_path / "stranger_ok.py").write_text(
         "from blagpt_pl.nn.attention.attention import Attention\n"

@@ -12,7 +12,7 @@ from helpers import SITE, L, attention, batch, block, carry_of, gated, qk_norm, 
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from blagpt_pl import testing
+from blagpt_pl.testing import model as checks
 from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.activation import GELU, SiLU
 from blagpt_pl.nn.attention.core_sdpa import SDPA
@@ -216,13 +216,13 @@ def test_a_broken_promise_is_told(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_leak_detector_works_alone(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the perturbation check switched off, training on random tokens still gives a leak away."""
     for check in ("check_causal", "check_objective", "check_prefix", "check_generate"):
-        monkeypatch.setattr(testing, check, lambda *_: None)
+        monkeypatch.setattr(checks, check, lambda *_: None)
     with pytest.raises(AssertionError, match="fresh random tokens|overfitting"):
         check_model(tiny(**core(kind)))
 
 
 def test_a_model_that_cannot_learn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testing, "check_gradients", lambda *_: None)
+    monkeypatch.setattr(checks, "check_gradients", lambda *_: None)
     frozen = build(BlaGPT, {"head": LinearHead}, monkeypatch).requires_grad_(False)
     frozen.head.linear.weight.requires_grad_(True)
     frozen.embedding.weight.data.zero_()

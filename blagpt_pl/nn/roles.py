@@ -1,0 +1,23 @@
+"""What each parameter of a model is, asked of the modules that hold it and never of its name.
+
+A tensor that a table is looked up in is an `embedding`, also when a tied head multiplies by it; a matrix that belongs to
+the head alone is a `head`; every other tensor of two or more dimensions is a `matrix`, the rest are `vector`s.
+"""
+
+from torch import nn
+
+
+def roles_of(model: nn.Module, head: nn.Module) -> dict[str, str]:
+    """The role of every distinct parameter, by its name.
+
+    Args:
+        model: the whole model.
+        head: the part of it that maps features onto the vocabulary.
+    """
+    in_head = {id(p) for p in head.parameters()}
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            kind = "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix"
+            kinds[id(p)] = "embedding" if isinstance(module, nn.Embedding) else kinds.get(id(p), kind)
+    return {name: kinds[id(p)] for name, p in model.named_parameters()}
