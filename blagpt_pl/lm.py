@@ -17,7 +17,7 @@ from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
 from blagpt_pl.nn.base import Core, Head
 from blagpt_pl.nn.roles import roles_of
 from blagpt_pl.optim.roles import groups_by_role
-from blagpt_pl.optim.schedule import Schedule
+from blagpt_pl.optim.schedule import Constant, Schedule
 from blagpt_pl.resume import between_steps, number_by_model, start_afresh
 from blagpt_pl.ruler import Ruler
 from blagpt_pl.sampling import sample
@@ -51,6 +51,8 @@ class LanguageModel(L.LightningModule):
         compile: str | None = None,
     ) -> None:
         super().__init__()
+        if compile is not None and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
+            raise ValueError(f"model.compile: {compile!r} is no backend of torch.compile (expected one of {', '.join(known)})")
         self.vocab_size = vocab_size
         self.context = context
         self.seed = torch.initial_seed()
@@ -244,5 +246,9 @@ class LanguageModel(L.LightningModule):
         """One optimizer over the groups of `parameter_roles`, and the schedule over all of its groups."""
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
         optimizer = self._optimizer(groups_by_role(named, self.parameter_roles()))
-        schedule = self._schedule(self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule.on(optimizer), "interval": "step"}}
+        scheduler = self.configure_schedule(self.trainer).on(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_schedule(self, trainer: L.Trainer) -> Schedule:
+        """The schedule of a run; a trial of a few steps (fast_dev_run) has a constant one, since none would fit."""
+        return Constant(1) if trainer.fast_dev_run else self._schedule(trainer.max_steps)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from blagpt_pl.errors import ConfigError
+
 ENTRIES = ("objective", "measure", "next_logits")  # beside forward: where a whole model is entered
 
 
@@ -22,10 +24,10 @@ def shard(model: nn.Module, regions: Iterable[nn.Module], mesh: DeviceMesh) -> N
     """Shard a model, in place, over the data-parallel ranks of a mesh.
 
     Raises:
-        ValueError: the mesh also splits tensors, which no model here does.
+        ConfigError: the mesh also splits tensors, which no model here does.
     """
     if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
+        raise ConfigError(
             f"trainer.strategy: tensor_parallel_size is {mesh['tensor_parallel'].size()} (expected 1); fix: set "
             f"data_parallel_size: {mesh.size()} and tensor_parallel_size: 1"
         )

@@ -14,6 +14,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
 
+from blagpt_pl.errors import ConfigError
+
 
 class Checkpoint(CheckpointBase):
     """Saves `checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run's folder.
@@ -56,8 +58,13 @@ class Checkpoint(CheckpointBase):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and value < self.best:  # nan is never best
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise ConfigError(f"checkpoint.monitor: {self.monitor!r} is not logged here (expected one of {logged})")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value < self.best:  # nan is never best
             self.best, self.best_step, self._best_due = value, trainer.global_step, True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

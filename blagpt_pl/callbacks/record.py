@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from blagpt_pl import __version__
 from blagpt_pl.callbacks.atomic_io import write_atomically
@@ -92,8 +93,8 @@ class Record(L.Callback):
             self._end(trainer, pl_module, "stopped" if isinstance(exception, SystemExit | KeyboardInterrupt) else "failed")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.status != "interrupted":
-            self._end(trainer, pl_module, "finished")
+        out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in trainer.callbacks if isinstance(timer, Timer))
+        self._end(trainer, pl_module, "stopped" if out_of_time else "finished")
 
     def _status(self, trainer: L.Trainer, state: str) -> None:
         if self._folder is not None and trainer.is_global_zero:

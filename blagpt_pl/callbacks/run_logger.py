@@ -6,6 +6,7 @@ long as the process lives, and writes the resolved configuration.
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,11 +51,16 @@ class RunLogger(TensorBoardLogger):
                 self._version = str(int(self._version) + 1)
         folder = Path(self.log_dir)
         self._lock = (folder / ".lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise ConfigError(f"{folder}: in use by process {self._lock.read().strip()}; fix: another --name") from None
+        for patience in range(20, -1, -1):  # another rank may be looking whether the run is alive
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+                if not patience:
+                    self._lock.seek(0)
+                    owner = self._lock.read().strip()
+                    raise ConfigError(f"{folder}: in use by process {owner}; fix: another --name") from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()

@@ -75,6 +75,7 @@ class TokenData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """On one process a node: fetch, then check all that can be checked before a model is trained on it."""
+        self._check_trainer()
         self.source.fetch()
         self._open()
         self._byte_lengths()  # fetches the tokenizer's tables once, not once a rank

@@ -15,15 +15,15 @@ or in Lightning: `AdamW` over `torch.optim.AdamW` keeps its values, `RMSNorm` ov
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import yaml
 
 from blagpt_pl.errors import ConfigError
+from blagpt_pl.lab.places import PART_KEYS, Place, places_in, same_place, split
 from blagpt_pl.lab.strict_yaml import compose_text, load_mapping, load_text, read_file
 
-PART_KEYS = ("class_path", "init_args", "dict_kwargs")
 LIBRARIES = ("blagpt_pl.", "torch.", "lightning.")  # a bare class name may mean one of theirs
 PLAIN_TEXT = ("name", "logs", "ckpt_path")  # flags whose value is text, also where it looks like a number
 _MARK = yaml.Mark("", 0, 0, 0, None, None)
@@ -61,11 +61,6 @@ def merge(old: object, new: object) -> object:
         if key != "class_path" and not (key == "init_args" and value is None):
             put(base, key, value)
     return base
-
-
-def split(key: str) -> list[str]:
-    """The segments of a dotted key; a selector may hold dots."""
-    return re.split(r"\.(?![^\[]*\])", key)
 
 
 def _select(parent: dict, name: str, selectors: str, key: str) -> tuple[list | dict, str | int]:
@@ -135,46 +130,6 @@ def flag_value(text: str, flag: str) -> object:
     return load_text(text, f"--{flag}") if may_mean_more else text
 
 
-Place = tuple[str, ...]
-
-
-def _elements(nodes: Iterable[yaml.Node], path: Place) -> Iterator[tuple[Place, int]]:
-    for node in nodes:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        named = [node] if isinstance(node, yaml.ScalarNode) else [v for k, v in pairs if k.value == "class_path"]
-        name = str(named[0].value).rsplit(".", 1)[-1] if named else ""
-        element = (*path[:-1], f"{path[-1]}[{name}]")
-        yield element, node.start_mark.line + 1
-        yield from _places(node, element)
-
-
-def _places(node: yaml.Node | None, path: Place = ()) -> Iterator[tuple[Place, int]]:
-    """Every path that a YAML text speaks of, and its line; a part's class_path is the path of the part."""
-    if isinstance(node, yaml.SequenceNode) and path:
-        yield from _elements(node.value, path)
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        if key.tag.endswith(":merge"):
-            for merged in items:
-                yield from _places(merged, path)
-            continue
-        below = (*path, *(segment for segment in split(key.value.removesuffix("+")) if segment not in PART_KEYS))
-        if key.value != "init_args":
-            yield below, key.start_mark.line + 1
-        yield from _elements(items, below) if key.value.endswith("+") else _places(value, below)
-
-
-def _same_place(one: Place, other: Place, loosely: bool) -> bool:
-    """Whether two paths may mean one place: an index is any class; loosely, so is a selector that is left out."""
-
-    def same(a: str, b: str) -> bool:
-        (name_a, _, in_a), (name_b, _, in_b) = a.partition("["), b.partition("[")
-        is_index = in_a[:-1].isdigit() or in_b[:-1].isdigit()
-        return a == b or (name_a == name_b and (is_index if in_a and in_b else loosely))
-
-    return len(one) == len(other) and all(map(same, one, other))
-
-
 @dataclass
 class Layers:
     """The merged tree, the flags that are not layers, and where each layer speaks of what.
@@ -195,7 +150,7 @@ class Layers:
         while wanted:
             for loosely in (False, True):
                 for place, source in reversed(self.places):
-                    if _same_place(place, wanted, loosely):
+                    if same_place(place, wanted, loosely):
                         return f" ({source})"
             for place, source in reversed(self.places):
                 if place[: len(wanted)] == wanted:
@@ -213,7 +168,7 @@ class Layers:
                 put(self.tree, key, value)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
-        self.places += [(place, f"in {path}:{line}") for place, line in _places(compose_text(text, path))]
+        self.places += [(place, f"in {path}:{line}") for place, line in places_in(compose_text(text, path))]
 
     def add_flag(self, flag: str, text: str) -> None:
         """Merge a flag over the tree."""
@@ -222,7 +177,7 @@ class Layers:
         node = yaml.MappingNode("", [(yaml.ScalarNode("", flag, _MARK), yaml.ScalarNode("", text, _MARK))])
         if isinstance(value, dict | list):
             node.value[0] = (node.value[0][0], compose_text(text, f"--{flag}"))
-        self.places += [(place, "on the command line") for place, _ in _places(node)]
+        self.places += [(place, "on the command line") for place, _ in places_in(node)]
 
 
 def from_arguments(argv: Iterable[str], passed_on: Iterable[str] = ()) -> Layers:

@@ -30,6 +30,7 @@ HARMLESS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*does not have many workers.*",
     r".*not resumable.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*number of training batches.*is smaller than the logging interval.*",
     r".*Your `IterableDataset` has `__len__` defined.*",

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from blagpt_pl.callbacks.atomic_io import AtomicCheckpointIO, read_checkpoint
 from blagpt_pl.callbacks.checkpoint import Checkpoint
@@ -19,9 +21,9 @@ from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.callbacks.stop import GracefulStop
 from blagpt_pl.callbacks.vram import PeakVRAM
 from blagpt_pl.data.module import TokenData
-from blagpt_pl.errors import ConfigError
+from blagpt_pl.errors import ConfigError, UserError
 from blagpt_pl.lab import parts, runs
-from blagpt_pl.lab.explain import explain
+from blagpt_pl.lab.explain import explain, why
 from blagpt_pl.lab.layers import from_arguments, put
 from blagpt_pl.lab.parser import Complaint, FriendlyParser
 from blagpt_pl.lab.quiet import quiet
@@ -37,7 +39,7 @@ DEFAULTS = {
     "enable_model_summary": False,
     "log_every_n_steps": 10,
 }
-PASSED_ON = ("print_config", "trainer.help")
+PASSED_ON = ("print_config",)
 
 
 class BlagptCLI(LightningCLI):
@@ -100,7 +102,7 @@ class BlagptCLI(LightningCLI):
 
     def config_text(self) -> str:
         """The resolved configuration, as YAML that can be run again."""
-        return self._parser(self.subcommand).dump(self.settings, skip_none=False)
+        return self._parser(self.subcommand).dump(self.settings, skip_unset=False)
 
     def before_instantiate_classes(self) -> None:
         if self._runs:
@@ -109,8 +111,11 @@ class BlagptCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            if self._runs and self.command == "fit":
+                self.model.configure_schedule(self.trainer)
         except ValueError as error:  # a part says what is wrong with its values
-            raise error if hasattr(error, "exit_code") else ConfigError(str(error)) from error
+            cause = why(error)
+            raise cause if isinstance(cause, UserError) else ConfigError(str(cause).splitlines()[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = self._get(self.config_init, "trainer")
@@ -130,7 +135,10 @@ class BlagptCLI(LightningCLI):
             config["enable_checkpointing"] = False
         if config.get("enable_progress_bar") is not False:
             callbacks.append(Progress())
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
     @staticmethod
     def _own_loggers(logger: Any) -> list[Any]:
@@ -139,18 +147,16 @@ class BlagptCLI(LightningCLI):
     def _run_logger(self) -> RunLogger:
         config = self.config_text()
         run = runs.choose(Path(self.settings.logs), self.settings.name, config)
-        asked = self.settings.ckpt_path
-        if asked is not None:  # goes on from a named file, in a folder of its own
-            numbers = runs.numbered(Path(self.settings.logs), self.settings.name)
-            folder = Path(self.settings.logs) / self.settings.name / str(numbers[-1] + 1 if numbers else 0)
-            run = runs.Run(folder, Path(asked))
+        same_folder = run.resume is not None
+        if self.settings.ckpt_path is not None and not same_folder:  # from a named file, in a folder of its own
+            run = runs.Run(run.folder, Path(self.settings.ckpt_path))
         self.run_folder = run
         step = None
         if run.resume is not None:
             step = read_checkpoint(run.resume)["global_step"]
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"resuming from {run.resume} (step {step})")
-        return RunLogger(run.folder, config, step if run.resume is not None and asked is None else None)
+        return RunLogger(run.folder, config, step if same_folder else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -196,8 +202,14 @@ def run(command: str, argv: list[str]) -> None:
     quiet()
     layers = from_arguments(argv, PASSED_ON)
     layers.tree = with_checkpoint(command, layers.tree)
-    check_tree(layers.tree)
+    if any(".help" in word for word in layers.rest):
+        layers.tree.setdefault("model", "BlaGPT")  # so that the help of its sockets can be asked for
     try:
+        check_tree(layers.tree)
         BlagptCLI(command, layers.tree, layers.rest)
     except Complaint as complaint:
         raise ConfigError(explain(str(complaint), layers)) from None
+    except ConfigError as error:
+        field = str(error).partition(":")[0]
+        where = layers.where(field) if re.fullmatch(r"[\w.]+", field) else ""
+        raise ConfigError(f"{error}{where}") from error.__cause__

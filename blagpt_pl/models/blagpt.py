@@ -52,6 +52,9 @@ class BlaGPT(LanguageModel):
         compile: str | None = None,
     ) -> None:
         super().__init__(vocab_size, context, optimizer, schedule, compile)
+        for name, value in {"vocab_size": vocab_size, "d_model": d_model, "n_layers": n_layers}.items():
+            if value < 1:
+                raise ValueError(f"model.{name}: {value} (expected 1 or more)")
         sites = [Site(d_model, n_layers, layer, vocab_size, context) for layer in range(n_layers)]
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = None if positions is None else positions(sites[0])

@@ -11,6 +11,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from blagpt_pl.errors import ConfigError
+
 
 class Schedule:
     """A factor for each step; built when the length of the run is known."""
@@ -50,7 +52,7 @@ class Trapezoid(Schedule):
     def __init__(self, total_steps: int, warmup: int, warmdown: int) -> None:
         super().__init__(total_steps)
         if warmup < 0 or warmdown < 0 or warmup + warmdown > total_steps:
-            raise ValueError(
+            raise ConfigError(
                 f"model.schedule: warmup={warmup} and warmdown={warmdown} do not fit in trainer.max_steps={total_steps}; "
                 f"fix: make both sum to at most {total_steps}"
             )
@@ -76,9 +78,9 @@ class Cosine(Schedule):
     def __init__(self, total_steps: int, warmup: int, floor: float = 0.0) -> None:
         super().__init__(total_steps)
         if warmup < 0 or warmup > total_steps:
-            raise ValueError(f"model.schedule: warmup={warmup} does not fit in trainer.max_steps={total_steps}")
+            raise ConfigError(f"model.schedule: warmup={warmup} does not fit in trainer.max_steps={total_steps}")
         if not 0 <= floor <= 1:
-            raise ValueError(f"model.schedule: floor={floor} (expected a factor in [0, 1])")
+            raise ConfigError(f"model.schedule: floor={floor} (expected a factor in [0, 1])")
         self.warmup, self.floor = warmup, floor
 
     def factor(self, step: int) -> float:

@@ -12,7 +12,6 @@ from helpers import SITE, L, attention, batch, block, carry_of, gated, qk_norm, 
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from blagpt_pl.testing import model as checks
 from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.activation import GELU, SiLU
 from blagpt_pl.nn.attention.core_sdpa import SDPA
@@ -23,6 +22,7 @@ from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.mlp import MLP, GatedMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
 from blagpt_pl.testing import check_model
+from blagpt_pl.testing import model as checks
 
 # ---------------------------------------------------------------------- size
 

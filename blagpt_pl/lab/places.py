@@ -1,0 +1,52 @@
+"""Which line of a configuration speaks of what, so that an error can name it."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+import yaml
+
+PART_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+Place = tuple[str, ...]
+
+
+def split(key: str) -> list[str]:
+    """The segments of a dotted key; a selector may hold dots."""
+    return re.split(r"\.(?![^\[]*\])", key)
+
+
+def _in_list(nodes: Iterable[yaml.Node], path: Place) -> Iterator[tuple[Place, int]]:
+    for node in nodes:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        named = [node] if isinstance(node, yaml.ScalarNode) else [v for k, v in pairs if k.value == "class_path"]
+        name = str(named[0].value).rsplit(".", 1)[-1] if named else ""
+        element = (*path[:-1], f"{path[-1]}[{name}]")
+        yield element, node.start_mark.line + 1
+        yield from places_in(node, element)
+
+
+def places_in(node: yaml.Node | None, path: Place = ()) -> Iterator[tuple[Place, int]]:
+    """Every path that a YAML text speaks of, and its line; a part's class_path is the path of the part."""
+    if isinstance(node, yaml.SequenceNode) and path:
+        yield from _in_list(node.value, path)
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if key.tag.endswith(":merge"):
+            for merged in items:
+                yield from places_in(merged, path)
+            continue
+        below = (*path, *(segment for segment in split(key.value.removesuffix("+")) if segment not in PART_KEYS))
+        if key.value != "init_args":
+            yield below, key.start_mark.line + 1
+        yield from _in_list(items, below) if key.value.endswith("+") else places_in(value, below)
+
+
+def same_place(one: Place, other: Place, loosely: bool) -> bool:
+    """Whether two paths may mean one place: an index is any class; loosely, so is a selector that is left out."""
+
+    def same(a: str, b: str) -> bool:
+        (name_a, _, in_a), (name_b, _, in_b) = a.partition("["), b.partition("[")
+        is_index = in_a[:-1].isdigit() or in_b[:-1].isdigit()
+        return a == b or (name_a == name_b and (is_index if in_a and in_b else loosely))
+
+    return len(one) == len(other) and all(map(same, one, other))
