@@ -16,6 +16,7 @@ test: $(VENV)/.tested
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 install: $(VENV)/.installed
 

@@ -55,8 +55,14 @@ More
 """
 
 TRAIN = {
-    "fit": ("Train a model. The same command after a crash resumes where it stopped.", "go on from this file, in a new run"),
-    "validate": ("Measure a model on the validation tokens.", "the trained model; its own configuration is the base layer"),
+    "fit": (
+        "Train a model. The same command after a crash resumes where it stopped.",
+        "go on from this file, in a new run",
+    ),
+    "validate": (
+        "Measure a model on the validation tokens.",
+        "the trained model; its own configuration is the base layer",
+    ),
     "test": ("Measure a model on the test tokens.", "the trained model; its own configuration is the base layer"),
 }
 

@@ -52,7 +52,9 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         if compile is not None and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
-            raise ValueError(f"model.compile: {compile!r} is no backend of torch.compile (expected one of {', '.join(known)})")
+            raise ValueError(
+                f"model.compile: {compile!r} is no backend of torch.compile (expected one of {', '.join(known)})"
+            )
         self.vocab_size = vocab_size
         self.context = context
         self.seed = torch.initial_seed()

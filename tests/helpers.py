@@ -52,7 +52,12 @@ def tiny_gpt2(**changes: object) -> BlaGPT:
     gpt2_attention = attention(n_kv_heads=None, edits=[], qkv_bias=True, out_bias=True)
     mlp = partial(MLP, activation=partial(GELU, tanh=True), bias=True)
     gpt2_block = block(norm=LayerNorm, attention=gpt2_attention, mlp=mlp)
-    arguments = {"block": gpt2_block, "norm": LayerNorm, "positions": LearnedPositions, "init": GPT2Init(zero_outputs=False)}
+    arguments = {
+        "block": gpt2_block,
+        "norm": LayerNorm,
+        "positions": LearnedPositions,
+        "init": GPT2Init(zero_outputs=False),
+    }
     return tiny(**{**arguments, **changes})
 
 

@@ -72,7 +72,9 @@ def test_imports_point_down(module: str) -> None:
 def test_the_layers_have_an_order() -> None:
     order: list[str] = []
     while len(order) < len(ALLOWED):
-        ready = [name for name in ALLOWED if name not in order and ALLOWED[name] - {name, "cli", "__main__"} <= set(order)]
+        ready = [
+            name for name in ALLOWED if name not in order and ALLOWED[name] - {name, "cli", "__main__"} <= set(order)
+        ]
         assert ready, f"a circle among {sorted(set(ALLOWED) - set(order))}"
         order += ready
 
@@ -131,7 +133,9 @@ def test_importing_the_package_costs_nothing() -> None:
         ("from ..lm import LanguageModel", {"blagpt_pl.lm"}),
     ],
 )
-def test_the_reader_sees_every_form(source: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reader_sees_every_form(
+    source: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("test_imports.ROOT", tmp_path)
     path = tmp_path / "blagpt_pl" / "nn" / "planted.py"
     path.parent.mkdir(parents=True)

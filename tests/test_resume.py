@@ -86,7 +86,11 @@ def fit(
     torch.manual_seed(11)
     dropping = partial(block, dropout=0.1)
     model = tiny(
-        vocab_size=257, context=CONTEXT, block=dropping(), dropout=0.1, schedule=partial(Trapezoid, warmup=3, warmdown=4)
+        vocab_size=257,
+        context=CONTEXT,
+        block=dropping(),
+        dropout=0.1,
+        schedule=partial(Trapezoid, warmup=3, warmdown=4),
     )
     if max_steps != STEPS:
         model._schedule = lambda steps: Trapezoid(STEPS, 3, 4)  # the run's own schedule, whatever its length

@@ -14,7 +14,13 @@ P = torch.tensor([0.05, 0.40, 0.10, 0.30, 0.15])
 
 def chosen(logits: Tensor, n: int = 4000, **changes: object) -> Tensor:
     """Frequencies of the tokens over many draws."""
-    arguments = {"temperature": 1.0, "top_k": None, "top_p": None, "generator": torch.Generator().manual_seed(0), **changes}
+    arguments = {
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "generator": torch.Generator().manual_seed(0),
+        **changes,
+    }
     drawn = choose(logits.expand(n, -1), **arguments)
     assert drawn.shape == (n, 1)
     return drawn[:, 0].bincount(minlength=len(logits)) / n

@@ -12,7 +12,11 @@ from tqdm import tqdm
 def shown(metrics: dict[str, Any]) -> dict[str, str]:
     """The few numbers worth a place on the bar."""
     result = {}
-    for name, key, form in (("loss", "train/loss", ".4f"), ("val", "val/loss", ".4f"), ("tok/s", "perf/tokens_per_s", ",.0f")):
+    for name, key, form in (
+        ("loss", "train/loss", ".4f"),
+        ("val", "val/loss", ".4f"),
+        ("tok/s", "perf/tokens_per_s", ",.0f"),
+    ):
         if key in metrics:
             result[name] = format(float(metrics[key]), form)
     return result
@@ -58,7 +62,9 @@ class Progress(ProgressBar):
                 total=trainer.max_steps, initial=trainer.global_step, desc="step", bar_format=form, dynamic_ncols=True
             )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._visible and trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
             self._show(trainer)
 
@@ -77,14 +83,19 @@ class Progress(ProgressBar):
             done = trainer.global_step - self._start[1]
             left = (time.monotonic() - self._start[0]) / max(1, done) * (trainer.max_steps - trainer.global_step)
             text = "  ".join(f"{k} {v}" for k, v in numbers.items())
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {text}  left {tqdm.format_interval(left)}", file=sys.stderr)
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {text}  left {tqdm.format_interval(left)}",
+                file=sys.stderr,
+            )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._visible and sys.stderr.isatty():
             total = sum(trainer.num_val_batches)
             self._eval_bar = tqdm(total=total, desc="validation", leave=False, position=1, dynamic_ncols=True)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         if self._eval_bar is not None:
             self._eval_bar.update(1)
 

@@ -28,6 +28,7 @@ from blagpt_pl.nn.base import count
 
 def code_version() -> str:
     """The package's version, and the commit it was run from where that is known."""
+
     def git(*words: str) -> str:
         folder = Path(__file__).parent
         done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False, timeout=10)
@@ -48,7 +49,9 @@ def hardware(device: torch.device, ranks: int) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"{ranks} x CPU ({name}, {threads} thread{'s' if threads > 1 else ''})"
@@ -90,7 +93,9 @@ class Record(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._started:
-            self._end(trainer, pl_module, "stopped" if isinstance(exception, SystemExit | KeyboardInterrupt) else "failed")
+            self._end(
+                trainer, pl_module, "stopped" if isinstance(exception, SystemExit | KeyboardInterrupt) else "failed"
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in trainer.callbacks if isinstance(timer, Timer))
@@ -137,7 +142,10 @@ class Record(L.Callback):
         if steps is not None:
             result |= {k: _rounded(v) for k, v in steps.summary().items()}
         if memory is not None:
-            result |= {"peak_vram_train_mib": _rounded(memory.train_mib), "peak_vram_eval_mib": _rounded(memory.eval_mib)}
+            result |= {
+                "peak_vram_train_mib": _rounded(memory.train_mib),
+                "peak_vram_eval_mib": _rounded(memory.eval_mib),
+            }
         return result | {
             "peak_ram_mib": _rounded(peak_ram_mib()),
             "hardware": hardware(pl_module.device, trainer.world_size),

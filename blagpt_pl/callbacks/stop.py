@@ -39,7 +39,9 @@ class GracefulStop(L.Callback):
             os._exit(128 + number)
         self._received = number
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         number = self._agree()
         if not number:
             return
@@ -47,7 +49,9 @@ class GracefulStop(L.Callback):
             if isinstance(callback, Checkpoint):
                 callback.save(trainer)
         launcher = trainer.strategy.launcher
-        spawned = launcher is not None and trainer.global_rank > 0  # its parent would kill rank 0 for a code other than 0
+        spawned = (
+            launcher is not None and trainer.global_rank > 0
+        )  # its parent would kill rank 0 for a code other than 0
         raise SystemExit(0 if spawned else 128 + number)
 
     def _agree(self) -> int:

@@ -91,7 +91,10 @@ def imported(path: str) -> tuple[object, str]:
     except ModuleNotFoundError as error:
         return None, f"cannot import {path!r} (no module {error.name!r} here or on the path)"
     except Exception as error:  # noqa: BLE001  whatever a stranger's module does when it is imported
-        return None, f"cannot import {path!r} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return (
+            None,
+            f"cannot import {path!r} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+        )
     found = getattr(loaded, name, None)
     if found is not None:
         return found, ""
@@ -115,9 +118,15 @@ def _part(path: str, value: str | dict, kind: type, told: int, is_factory: bool)
         cls = cls or next((c for c in known_classes() if c.__name__ == given), None)
         if cls is None:
             return [Mistake(path, f"{given!r} is not a known class{_near(given, fitting(kind), 'parts that fit')}")]
-    built = cls if inspect.isclass(cls) else getattr(cls, "__annotations__", {}).get("return")  # a function may build it
+    built = (
+        cls if inspect.isclass(cls) else getattr(cls, "__annotations__", {}).get("return")
+    )  # a function may build it
     if not inspect.isclass(built) or not issubclass(built, kind):
-        return [Mistake(path, f"{given!r} does not fit here{_near(given.rpartition('.')[2], fitting(kind), 'parts that fit')}")]
+        return [
+            Mistake(
+                path, f"{given!r} does not fit here{_near(given.rpartition('.')[2], fitting(kind), 'parts that fit')}"
+            )
+        ]
     if not inspect.isclass(cls):
         return []
     values = value.get("init_args") if isinstance(value, dict) else None
@@ -202,9 +211,21 @@ def _one(path: str, value: object, annotation: object) -> list[Mistake]:
     if origin is tuple and args and ... not in args:
         if not isinstance(value, list) or len(value) != len(args):
             return mismatch
-        return [m for i, (item, arg) in enumerate(zip(value, args, strict=True)) for m in _value(f"{path}[{i}]", item, arg)]
-    if inspect.isclass(origin) and origin is not collections.abc.Callable and issubclass(origin, collections.abc.Iterable):
-        return _elements(path, value, args[0]) if isinstance(value, list) and args else [] if isinstance(value, list) else mismatch
+        return [
+            m for i, (item, arg) in enumerate(zip(value, args, strict=True)) for m in _value(f"{path}[{i}]", item, arg)
+        ]
+    if (
+        inspect.isclass(origin)
+        and origin is not collections.abc.Callable
+        and issubclass(origin, collections.abc.Iterable)
+    ):
+        return (
+            _elements(path, value, args[0])
+            if isinstance(value, list) and args
+            else []
+            if isinstance(value, list)
+            else mismatch
+        )
     is_factory = origin is collections.abc.Callable
     kind = args[1] if is_factory and args else annotation
     if not inspect.isclass(kind) or kind is object:
@@ -212,7 +233,11 @@ def _one(path: str, value: object, annotation: object) -> list[Mistake]:
     if issubclass(kind, pathlib.PurePath | datetime.timedelta):
         return [] if isinstance(value, str) else mismatch
     if not isinstance(value, str | dict):
-        return [Mistake(path, f"{shown(value)} is no part{_near('', fitting(kind), 'parts that fit')}")] if is_factory else mismatch
+        return (
+            [Mistake(path, f"{shown(value)} is no part{_near('', fitting(kind), 'parts that fit')}")]
+            if is_factory
+            else mismatch
+        )
     return _part(path, value, kind, len(args[0]) if is_factory and isinstance(args[0], list) else 0, is_factory)
 
 

@@ -15,7 +15,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="tokens to add  (200)")
     p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 for the likeliest token  (0.8)")
     p.add_argument("--top_k", type=int, default=None, metavar="K", help="keep the K likeliest tokens  (all)")
-    p.add_argument("--top_p", type=float, default=None, metavar="P", help="keep the smallest set with probability P  (all)")
+    p.add_argument(
+        "--top_p", type=float, default=None, metavar="P", help="keep the smallest set with probability P  (all)"
+    )
     p.add_argument("--samples", type=int, default=1, metavar="N", help="how many continuations  (1)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the dice  (0)")
     p.add_argument("--device", default=None, help="cpu, cuda, ...  (cuda where there is one)")

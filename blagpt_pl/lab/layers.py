@@ -56,7 +56,9 @@ def merge(old: object, new: object) -> object:
     if "class_path" in new:
         name = base.get("class_path")
         base = base if same_class(name, new["class_path"]) else {}
-        base["class_path"] = max(name, new["class_path"], key=len) if base and isinstance(name, str) else new["class_path"]
+        base["class_path"] = (
+            max(name, new["class_path"], key=len) if base and isinstance(name, str) else new["class_path"]
+        )
     for key, value in new.items():
         if key != "class_path" and not (key == "init_args" and value is None):
             put(base, key, value)
@@ -95,7 +97,9 @@ def put(tree: dict, key: str, value: object) -> None:
     for i, segment in enumerate(segments):
         match = _SEGMENT.match(segment)
         if not match:
-            raise ConfigError(f"{key}: cannot be read as a path (expected names joined by dots, `[Class]` for an element)")
+            raise ConfigError(
+                f"{key}: cannot be read as a path (expected names joined by dots, `[Class]` for an element)"
+            )
         name, selectors = match.groups()
         if "class_path" in node and name not in PART_KEYS:
             values = node.get("init_args")

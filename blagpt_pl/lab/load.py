@@ -23,7 +23,9 @@ def checkpoint_of(path: str) -> Path:
         for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
             if (given / name).is_file():
                 return given / name
-        raise CheckpointError(f"{given}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; fix: name a run's folder")
+        raise CheckpointError(
+            f"{given}: holds no checkpoints/best.ckpt or checkpoints/last.ckpt; fix: name a run's folder"
+        )
     return given
 
 
@@ -44,5 +46,7 @@ def load(path: str) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
     try:
         cli.model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise CheckpointError(f"{file}: does not fit its own configuration: {str(error).splitlines()[1].strip()}") from None
+        raise CheckpointError(
+            f"{file}: does not fit its own configuration: {str(error).splitlines()[1].strip()}"
+        ) from None
     return cli.model.eval(), cli.datamodule.tokenizer, checkpoint

@@ -15,14 +15,23 @@ from blagpt_pl.lm import LanguageModel
 COUNTS_STEPS = "a run counts optimizer steps, not epochs; fix: trainer.max_steps"
 FOLLOWS = "batches follow from the step; fix: leave it out"
 FIXED: dict[str, tuple[tuple, str]] = {  # of the Trainer: the values that it may have, and what to say of others
-    "accumulate_grad_batches": ((1,), "accumulation follows from data.batch_size, data.device_batch_size and the ranks; fix: those"),
+    "accumulate_grad_batches": (
+        (1,),
+        "accumulation follows from data.batch_size, data.device_batch_size and the ranks; fix: those",
+    ),
     "max_epochs": ((-1, None), COUNTS_STEPS),
     "min_epochs": ((None,), COUNTS_STEPS),
-    "check_val_every_n_epoch": ((None,), "a run counts optimizer steps, not epochs; fix: trainer.val_check_interval: STEPS"),
+    "check_val_every_n_epoch": (
+        (None,),
+        "a run counts optimizer steps, not epochs; fix: trainer.val_check_interval: STEPS",
+    ),
     "use_distributed_sampler": ((False,), FOLLOWS),
     "reload_dataloaders_every_n_epochs": ((0,), FOLLOWS),
     "limit_train_batches": ((None, 1.0), "a run ends at trainer.max_steps; fix: that"),
-    "limit_val_batches": ((None, 1.0, 0, 0.0), "exactly data.val_tokens are measured; fix: data.val_tokens, or 0 for none"),
+    "limit_val_batches": (
+        (None, 1.0, 0, 0.0),
+        "exactly data.val_tokens are measured; fix: data.val_tokens, or 0 for none",
+    ),
     "limit_test_batches": ((None, 1.0), "exactly data.test_tokens are measured; fix: data.test_tokens"),
     "limit_predict_batches": ((None, 1.0), "nothing is predicted here; fix: leave it out"),
     "overfit_batches": ((0, 0.0), "batches follow from the step; fix: a smaller data.source"),
@@ -50,7 +59,9 @@ def check_tree(tree: dict) -> None:
     model = tree.get("model")
     values = model.get("init_args", model) if isinstance(model, dict) else None
     if isinstance(values, dict) and "context" in values:
-        raise ConfigError(f"model.context: is taken from data.context; fix: write data.context: {values['context']} instead")
+        raise ConfigError(
+            f"model.context: is taken from data.context; fix: write data.context: {values['context']} instead"
+        )
     name = tree.get("name", "run")
     if isinstance(name, str) and (not name.strip() or name.startswith(".") or {"/", "\\", "\0"} & set(name)):
         raise ConfigError(f"name: {name!r} (expected the name of one folder); fix: logs says where it stands")
@@ -64,7 +75,9 @@ def check_tree(tree: dict) -> None:
 
 
 def _first_option(section: str) -> str:
-    return {"trainer": "max_steps", "data": "batch_size", "checkpoint": "every_n_steps", "samples": "prompts"}.get(section, "warmup")
+    return {"trainer": "max_steps", "data": "batch_size", "checkpoint": "every_n_steps", "samples": "prompts"}.get(
+        section, "warmup"
+    )
 
 
 def _holds_empty(node: object) -> bool:
@@ -97,16 +110,24 @@ def check_parsed(settings: Any, command: str = "fit") -> None:
 
 def _check_steps(trainer: Any) -> None:
     if not trainer.fast_dev_run and trainer.max_steps < 1:
-        raise ConfigError(f"trainer.max_steps: {trainer.max_steps} (expected the length of the run in optimizer steps, 1 or more)")
+        raise ConfigError(
+            f"trainer.max_steps: {trainer.max_steps} (expected the length of the run in optimizer steps, 1 or more)"
+        )
     if trainer.min_steps is not None and not trainer.fast_dev_run and trainer.min_steps > trainer.max_steps:
-        raise ConfigError(f"trainer.min_steps: {trainer.min_steps} (expected at most trainer.max_steps, {trainer.max_steps})")
+        raise ConfigError(
+            f"trainer.min_steps: {trainer.min_steps} (expected at most trainer.max_steps, {trainer.max_steps})"
+        )
     interval = trainer.val_check_interval
     if interval is not None and (type(interval) is not int or interval < 1):
-        raise ConfigError(f"trainer.val_check_interval: {shown(interval)} (expected a whole number of optimizer steps, 1 or more)")
+        raise ConfigError(
+            f"trainer.val_check_interval: {shown(interval)} (expected a whole number of optimizer steps, 1 or more)"
+        )
     if trainer.log_every_n_steps is not None and trainer.log_every_n_steps < 1:
         raise ConfigError(f"trainer.log_every_n_steps: {trainer.log_every_n_steps} (expected 1 or more)")
     if trainer.logger is False:
-        raise ConfigError("trainer.logger: false, but a run writes its own log; fix: leave it out; logs says where it stands")
+        raise ConfigError(
+            "trainer.logger: false, but a run writes its own log; fix: leave it out; logs says where it stands"
+        )
 
 
 def _check_clipping(trainer: Any) -> None:
@@ -116,7 +137,9 @@ def _check_clipping(trainer: Any) -> None:
     if algorithm not in (None, "norm", "value"):
         raise ConfigError(f"trainer.gradient_clip_algorithm: {algorithm!r} (expected norm or value)")
     if algorithm is not None and not value:
-        raise ConfigError(f"trainer.gradient_clip_algorithm: {algorithm!r} does nothing here; fix: trainer.gradient_clip_val")
+        raise ConfigError(
+            f"trainer.gradient_clip_algorithm: {algorithm!r} does nothing here; fix: trainer.gradient_clip_val"
+        )
 
 
 def _check_monitor(settings: Any) -> None:
@@ -125,7 +148,9 @@ def _check_monitor(settings: Any) -> None:
     methods = ("validation_step", "on_validation_epoch_end")
     own = any(getattr(cls, name, None) is not getattr(LanguageModel, name) for name in methods)  # may log what it likes
     if monitor not in MONITORS and not ((own or settings.trainer.callbacks) and monitor.startswith("val/")):
-        raise ConfigError(f"checkpoint.monitor: {monitor!r} is not logged by validation (expected {', '.join(MONITORS)})")
+        raise ConfigError(
+            f"checkpoint.monitor: {monitor!r} is not logged by validation (expected {', '.join(MONITORS)})"
+        )
 
 
 def _check_callbacks(callbacks: Any) -> None:
@@ -138,4 +163,6 @@ def _check_callbacks(callbacks: Any) -> None:
             raise ConfigError(f"trainer.callbacks: {cls.__name__} is in every run already; fix: {fix}")
         if issubclass(cls, Checkpoint | ProgressBar):
             kind = "checkpoints" if issubclass(cls, Checkpoint) else "a progress bar"
-            raise ConfigError(f"trainer.callbacks: {cls.__name__}, but every run has {kind} of its own; fix: leave it out")
+            raise ConfigError(
+                f"trainer.callbacks: {cls.__name__}, but every run has {kind} of its own; fix: leave it out"
+            )

@@ -50,7 +50,9 @@ class _Strict(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.composer.ComposerError(None, None, "a key is a list or a mapping (expected a name)", key.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, "a key is a list or a mapping (expected a name)", key.start_mark
+                )
             if key.value in seen:
                 problem = f"key {key.value!r} is written twice (first on line {seen[key.value]})"
                 raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
@@ -66,7 +68,9 @@ _Strict.yaml_implicit_resolvers = {
 _Strict.add_implicit_resolver(_TAG + "float", re.compile(rf"^(?:{_FLOAT})$"), list("-+0123456789."))
 _Strict.add_implicit_resolver(_TAG + "int", re.compile(rf"^(?:{_INT})$"), list("-+0123456789"))
 _Strict.yaml_constructors = {
-    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag is None or tag in {_TAG + n for n in _PLAIN}
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in {_TAG + n for n in _PLAIN}
 }
 
 

@@ -77,7 +77,9 @@ class BlagptCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, default="run", help="runs of this name stand together in <logs>/<name>/")
+        parser.add_argument(
+            "--name", type=str, default="run", help="runs of this name stand together in <logs>/<name>/"
+        )
         parser.add_argument("--logs", type=str, default="logs", help="folder of all runs")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(Samples, "samples")

@@ -40,9 +40,13 @@ class _Chunked(torch.autograd.Function):
     """Value and gradients of the mean loss, made chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, body: Callable, head: nn.Module, features: Tensor, targets: Tensor, chunk: int, *parameters: Tensor):
+    def forward(
+        ctx, body: Callable, head: nn.Module, features: Tensor, targets: Tensor, chunk: int, *parameters: Tensor
+    ):
         n = (targets != IGNORE).sum()
-        total = torch.zeros((), dtype=torch.float64 if features.dtype == torch.float64 else torch.float32, device=n.device)
+        total = torch.zeros(
+            (), dtype=torch.float64 if features.dtype == torch.float64 else torch.float32, device=n.device
+        )
         grad_features = torch.empty_like(features)
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         for start in range(0, len(targets), chunk):
@@ -69,9 +73,7 @@ class _Chunked(torch.autograd.Function):
         return None, None, features * grad, None, None, *grads
 
 
-def chunked(
-    head: nn.Module, features: Tensor, targets: Tensor, chunk: int = 8192, body: Callable = summed
-) -> Tensor:
+def chunked(head: nn.Module, features: Tensor, targets: Tensor, chunk: int = 8192, body: Callable = summed) -> Tensor:
     """Mean next-token loss in nats, with at most `chunk` rows of logits alive.
 
     Args:

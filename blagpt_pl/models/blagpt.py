@@ -69,7 +69,9 @@ class BlaGPT(LanguageModel):
 
     def features(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.context:
-            raise ValueError(f"tokens: {tokens.shape[1]} a sequence (context {self.context}); fix: data.context or shorter input")
+            raise ValueError(
+                f"tokens: {tokens.shape[1]} a sequence (context {self.context}); fix: data.context or shorter input"
+            )
         x = self.embedding(tokens)  # (B, T, D)
         if self.positions is not None:
             x = x + self.positions(tokens)

@@ -161,5 +161,3 @@ def wide(x: Tensor) -> Tensor:
 def count(parameters: object) -> int:
     """Number of scalars in distinct tensors: a shared tensor counts once."""
     return sum(p.numel() for p in {id(p): p for p in parameters}.values())
-
-

@@ -28,9 +28,13 @@ def groups_by_role(named: Iterable[tuple[str, Parameter]], roles: Mapping[str, s
     named = dict(named)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     if missing := sorted(trainable.keys() - roles.keys()):
-        raise ValueError(f"parameter_roles: no role for {missing[0]} (and {len(missing) - 1} more); every trainable tensor needs one")
+        raise ValueError(
+            f"parameter_roles: no role for {missing[0]} (and {len(missing) - 1} more); every trainable tensor needs one"
+        )
     if idle := sorted(roles.keys() - named.keys()):
-        raise ValueError(f"parameter_roles: {idle[0]} (and {len(idle) - 1} more) is no parameter; a role must match one")
+        raise ValueError(
+            f"parameter_roles: {idle[0]} (and {len(idle) - 1} more) is no parameter; a role must match one"
+        )
     if unknown := sorted(set(roles.values()) - set(ROLES)):
         raise ValueError(f"parameter_roles: unknown role {unknown[0]!r} (expected one of {', '.join(ROLES)})")
     groups = []

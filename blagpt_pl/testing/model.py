@@ -69,7 +69,9 @@ def check_objective(model: nn.Module, length: int) -> None:
         gap = abs(losses[0] - losses[1])
         assert gap <= CLOSE, f"objective: next-token loss {losses[0]:.6f}, but cross-entropy of forward {losses[1]:.6f}"
     nats = model.measure(tokens, targets).item() / (targets >= 0).sum().item()
-    assert abs(nats - losses[1]) <= CLOSE, f"measure: {nats:.6f} nats a token, but cross-entropy of forward {losses[1]:.6f}"
+    assert abs(nats - losses[1]) <= CLOSE, (
+        f"measure: {nats:.6f} nats a token, but cross-entropy of forward {losses[1]:.6f}"
+    )
 
 
 def check_roles(model: nn.Module) -> None:
@@ -142,4 +144,6 @@ def check_model(model: nn.Module, *, init_tolerance: float = 0.15, idle: Collect
     last = train(fresh, 150, lambda: tokens[:2])[-1]
     assert last < 0.1, f"overfitting: 2 sequences still have a loss of {last:.3f} after 150 steps"
     unforeseen = sum(train(copy.deepcopy(model).train(), 150, lambda: random_tokens(model, *tokens.shape))[-30:]) / 30
-    assert unforeseen >= uniform - 0.05, f"fresh random tokens: loss {unforeseen:.3f} below ln V = {uniform:.3f}: a leak"
+    assert unforeseen >= uniform - 0.05, (
+        f"fresh random tokens: loss {unforeseen:.3f} below ln V = {uniform:.3f}: a leak"
+    )

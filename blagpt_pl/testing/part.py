@@ -114,7 +114,9 @@ def check_learns(run: Run, layers: nn.ModuleList, x: Tensor, what: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.97 * losses[0], f"{what}: 30 steps took a regression loss from {losses[0]:.4f} to {losses[-1]:.4f}"
+    assert losses[-1] < 0.97 * losses[0], (
+        f"{what}: 30 steps took a regression loss from {losses[0]:.4f} to {losses[-1]:.4f}"
+    )
 
 
 def check_part(
@@ -143,7 +145,9 @@ def check_part(
     if not isinstance(kind, Positions):
         check_responsive(moved, what)
     if isinstance(kind, SequenceMixer):
-        assert (moved[:, 0, 1:].amax(-1) > TOLERANCE).all(), f"{what}: no later output moves with input 0; nothing is mixed"
+        assert (moved[:, 0, 1:].amax(-1) > TOLERANCE).all(), (
+            f"{what}: no later output moves with input 0; nothing is mixed"
+        )
     if isinstance(kind, ChannelMixer | Norm | Activation | Head):
         assert moved.triu(1).max() <= TOLERANCE, f"{what}: moves information between positions"
     check_prefix(run, x, what)

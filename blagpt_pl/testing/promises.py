@@ -37,7 +37,9 @@ def check_causal(moved: Tensor, what: str) -> None:
     """No output moves with a later input."""
     early = moved.tril(-1).reshape(-1, *moved.shape[-2:]).amax(0)
     t, s = divmod(int(early.argmax()), early.shape[-1])
-    assert early.max() <= TOLERANCE, f"{what}: looks into the future: output {s} moves by {early.max():.1e} with input {t}"
+    assert early.max() <= TOLERANCE, (
+        f"{what}: looks into the future: output {s} moves by {early.max():.1e} with input {t}"
+    )
 
 
 def check_responsive(moved: Tensor, what: str) -> None:

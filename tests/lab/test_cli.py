@@ -126,7 +126,9 @@ def help_of(command: str) -> str:
 
 
 @pytest.mark.parametrize("command", cli.TRAIN)
-def test_every_flag_in_the_help_exists(command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_every_flag_in_the_help_exists(
+    command: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(home)
     options = asked(capsys, command, "--help-all")
     flags = re.findall(r"^  --([\w.]+) (?:N|NAME|FILE) ", help_of(command), re.MULTILINE)
@@ -135,15 +137,22 @@ def test_every_flag_in_the_help_exists(command: str, home: Path, monkeypatch: py
         assert f"--{flag} " in options, flag
 
 
-def test_the_examples_in_the_help_work(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_examples_in_the_help_work(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(home)
     lines = re.findall(r"^  --(model\.[\w.\[\]]+\+?)[= ](\S+)  ", help_of("fit"), re.MULTILINE)
     assert len(lines) >= 4
     argv = [word for key, value in lines if key != "model.help" for word in (f"--{key}", value)]
     argv = [*argv, "--model.block.mlp.activation", "GELU"]
     twice = argv.index("--model.block.attention.edits+")
-    argv[twice : twice + 2] = ["--model.block.attention.edits+", "{class_path: QKNorm, norm: RMSNorm}"]  # one RoPE to choose
-    resolved = load_text(asked(capsys, "fit", "--config", "base.yaml", *argv, "--print_config"), "x")["model"]["init_args"]
+    argv[twice : twice + 2] = [
+        "--model.block.attention.edits+",
+        "{class_path: QKNorm, norm: RMSNorm}",
+    ]  # one RoPE to choose
+    resolved = load_text(asked(capsys, "fit", "--config", "base.yaml", *argv, "--print_config"), "x")["model"][
+        "init_args"
+    ]
     assert resolved["d_model"] == 512
     assert resolved["block"]["init_args"]["mlp"]["class_path"].endswith(".MLP")
     assert resolved["block"]["init_args"]["attention"]["init_args"]["edits"][0]["init_args"]["theta"] == 1e6
@@ -158,7 +167,9 @@ def test_the_examples_in_the_help_work(home: Path, monkeypatch: pytest.MonkeyPat
         (["--data.source.help", "PythonLibrary"], "--data.source.val_percent"),
     ],
 )
-def test_help_of_a_class(argv: list[str], word: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_help_of_a_class(
+    argv: list[str], word: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(home)
     assert word in asked(capsys, "fit", *argv)
 
@@ -198,7 +209,11 @@ def test_a_healthy_run_is_quiet_and_its_config_runs_again(
 @pytest.mark.parametrize(
     ("argv", "code", "begins"),
     [
-        (["--model.d_modle", "3"], 2, "error: model.d_modle: BlaGPT has no such option; did you mean d_model? (on the command line)"),
+        (
+            ["--model.d_modle", "3"],
+            2,
+            "error: model.d_modle: BlaGPT has no such option; did you mean d_model? (on the command line)",
+        ),
         (["--data.source.val", "[nothing.bin]"], 3, "error: data: no file matches 'nothing.bin'"),
         (["--ckpt_path", "val.bin"], 4, "error: val.bin: damaged or not a checkpoint"),
     ],

@@ -183,7 +183,9 @@ def test_many_mistakes_at_once(base: Path) -> None:
 def test_the_second_of_three_files(base: Path) -> None:
     (base.parent / "second.yaml").write_text(f"# a difference\nname: x\n{ATTENTION}:\n  n_heads: 2\n  n_haeds: 4\n")
     (base.parent / "third.yaml").write_text(f"{ATTENTION}.n_heads: 2\nname: y\n")
-    said = refused(base, "", "--config", f"{base.parent}/second.yaml", "--config", f"{base.parent}/third.yaml", "--name", "z")
+    said = refused(
+        base, "", "--config", f"{base.parent}/second.yaml", "--config", f"{base.parent}/third.yaml", "--name", "z"
+    )
     assert said.startswith(f"{ATTENTION}.n_haeds: ")
     assert said.endswith("(in second.yaml:5)")
 

@@ -94,7 +94,12 @@ def test_the_same_class_keeps_its_values() -> None:
     assert merge(A, {"class_path": "A"}) == A
     assert merge(A, {"class_path": "A", "init_args": None}) == A
     assert merge(A, {"class_path": "A", "init_args": {"x": 5}})["init_args"] == {**A["init_args"], "x": 5}
-    assert merge(A, {"init_args": {"x": 5}}) == merge(A, {"x": 5}) == changed(A, "p.x", 5) == changed(A, "p.init_args.x", 5)
+    assert (
+        merge(A, {"init_args": {"x": 5}})
+        == merge(A, {"x": 5})
+        == changed(A, "p.x", 5)
+        == changed(A, "p.init_args.x", 5)
+    )
     assert changed(A, "p.class_path", "A") == A
 
 
@@ -141,7 +146,10 @@ def test_the_fuller_name_of_a_class_stays() -> None:
 
 # ---------------------------------------------------------------------- dotted keys, lists, selectors
 
-EDITS = {"class_path": "Attention", "init_args": {"edits": [{"class_path": "QKNorm", "init_args": {"norm": "RMSNorm"}}, "RoPE"]}}
+EDITS = {
+    "class_path": "Attention",
+    "init_args": {"edits": [{"class_path": "QKNorm", "init_args": {"norm": "RMSNorm"}}, "RoPE"]},
+}
 
 
 def test_dotted_keys_reach_through_init_args() -> None:
@@ -254,7 +262,9 @@ def test_flags_that_are_wrong(argv: list[str], words: str) -> None:
 
 
 def test_flags_that_are_passed_on() -> None:
-    layers = from_arguments(["--print_config", "--model.help", "BlaGPT", "--a", "1", "--x.help", "--b=2", "--help"], ["print_config"])
+    layers = from_arguments(
+        ["--print_config", "--model.help", "BlaGPT", "--a", "1", "--x.help", "--b=2", "--help"], ["print_config"]
+    )
     assert layers.rest == ["--print_config", "--model.help", "BlaGPT", "--x.help", "--help"]
     assert layers.tree == {"a": 1, "b": 2}
 
@@ -318,7 +328,9 @@ model:
 t: {max: 1}
 """
     over = "t.max: 2\nmodel.block.edits+: K\nmodel.block.edits[RoPE].theta: 3\nmodel:\n  d: 4"
-    return from_arguments([*files(tmp_path, base, over), "--t.min", "3", "--model.block.edits+={class_path: Z, init_args: {w: 1}}"])
+    return from_arguments(
+        [*files(tmp_path, base, over), "--t.min", "3", "--model.block.edits+={class_path: Z, init_args: {w: 1}}"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ TRAINER = {
 def check(command: str = "fit", monitor: str = "val/loss", model: str = MODEL, **trainer: object) -> None:
     """`check_parsed` on a healthy configuration with changes of the Trainer."""
     settings: Any = Namespace(
-        trainer=Namespace(**{**TRAINER, **trainer}), checkpoint=Namespace(monitor=monitor), model=Namespace(class_path=model)
+        trainer=Namespace(**{**TRAINER, **trainer}),
+        checkpoint=Namespace(monitor=monitor),
+        model=Namespace(class_path=model),
     )
     check_parsed(settings, command)
 
@@ -39,7 +41,9 @@ def test_what_is_healthy_passes() -> None:
     check(fast_dev_run=True, max_steps=-1)
     check(max_epochs=None, limit_val_batches=1.0, enable_checkpointing=True)
     check(limit_val_batches=0)
-    check(val_check_interval=3, log_every_n_steps=1, gradient_clip_val=1.0, gradient_clip_algorithm="value", min_steps=5)
+    check(
+        val_check_interval=3, log_every_n_steps=1, gradient_clip_val=1.0, gradient_clip_algorithm="value", min_steps=5
+    )
     check(gradient_clip_val=0, logger=callbacks("lightning.pytorch.loggers.CSVLogger"))
     check(callbacks=callbacks("lightning.pytorch.callbacks.LearningRateMonitor", "blagpt_pl.callbacks.unigram.Unigram"))
 

@@ -12,7 +12,9 @@ from blagpt_pl.lab.strict_yaml import compose_text, load_mapping, load_text, rea
 
 names = st.text("abcdefgh_", min_size=1, max_size=6).filter(lambda s: s not in ("e", "_"))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(-(10**6), 10**6), st.floats(allow_nan=False), names)
-values = st.recursive(scalars, lambda below: st.lists(below, max_size=3) | st.dictionaries(names, below, max_size=3), max_leaves=8)
+values = st.recursive(
+    scalars, lambda below: st.lists(below, max_size=3) | st.dictionaries(names, below, max_size=3), max_leaves=8
+)
 
 
 @settings(max_examples=80, deadline=None)

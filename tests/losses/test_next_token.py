@@ -19,7 +19,10 @@ HEADS = {"tied": TiedHead, "linear": LinearHead, "linear with bias": partial(Lin
 
 
 def problem(
-    head: str = "linear with bias", shape: tuple[int, ...] = (3, 17), ignored: float = 0.3, dtype: torch.dtype = torch.float64
+    head: str = "linear with bias",
+    shape: tuple[int, ...] = (3, 17),
+    ignored: float = 0.3,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A head, features (..., D) that are a leaf, and targets of which some count nowhere."""
     module = HEADS[head](SITE, nn.Embedding(V, D)).to(dtype)
@@ -280,7 +283,9 @@ def test_all_logits_are_never_held(chunk: int) -> None:
     naive, _ = watched(full)
     assert memory.largest == chunk * 1000
     assert naive.largest == everything  # the same watch sees them in the twin
-    assert memory.peak < 4 * 4 * chunk * 1000 + 200_000  # logits, their softmax and gradients of one chunk, and the head's
+    assert (
+        memory.peak < 4 * 4 * chunk * 1000 + 200_000
+    )  # logits, their softmax and gradients of one chunk, and the head's
     assert naive.peak > 2 * 4 * everything
 
 

@@ -18,7 +18,9 @@ def groups_of(model: nn.Module) -> dict[str, dict]:
     return {group["role"]: group for group in groups_by_role(model.named_parameters(), model.parameter_roles())}
 
 
-@pytest.mark.parametrize("build", [tiny, tiny_gpt2, partial(tiny, head=LinearHead), partial(tiny_gpt2, head=partial(LinearHead, bias=True))])
+@pytest.mark.parametrize(
+    "build", [tiny, tiny_gpt2, partial(tiny, head=LinearHead), partial(tiny_gpt2, head=partial(LinearHead, bias=True))]
+)
 def test_every_parameter_is_in_exactly_one_group(build: partial) -> None:
     model = build()
     members = [id(p) for group in groups_of(model).values() for p in group["params"]]
@@ -68,7 +70,9 @@ def test_roles_follow_what_a_tensor_is_not_its_name() -> None:
 
 def test_weight_decay_acts_on_matrices_alone() -> None:
     model = tiny_gpt2(head=LinearHead)
-    optimizer = torch.optim.AdamW(groups_by_role(model.named_parameters(), model.parameter_roles()), lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(
+        groups_by_role(model.named_parameters(), model.parameter_roles()), lr=0.1, weight_decay=0.5
+    )
     assert {group["role"]: group["weight_decay"] for group in optimizer.param_groups} == {
         "matrix": 0.5, "embedding": 0.0, "head": 0.0, "vector": 0.0,
     }  # fmt: skip

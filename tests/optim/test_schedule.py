@@ -55,7 +55,9 @@ def test_factors_stay_in_bounds_rise_then_fall(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 300))
     warmup = data.draw(st.integers(0, total))
     schedule = data.draw(
-        st.sampled_from([Trapezoid(total, warmup, data.draw(st.integers(0, total - warmup))), Cosine(total, warmup, 0.2)])
+        st.sampled_from(
+            [Trapezoid(total, warmup, data.draw(st.integers(0, total - warmup))), Cosine(total, warmup, 0.2)]
+        )
     )
     factors = [schedule.factor(step) for step in range(total)]
     assert all(0 < f <= 1 for f in factors)

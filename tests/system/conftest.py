@@ -74,10 +74,18 @@ def blagpt(config: Path, environment: dict[str, str]) -> Callable[..., subproces
     """Start `blagpt WORDS...` in a folder; `torchrun=2` starts it under torchrun."""
 
     def start(cwd: Path, *words: str, torchrun: int = 0) -> subprocess.Popen:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)] if torchrun else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)] if torchrun else []
+        )
         command = [sys.executable, *launcher, "-m", "blagpt_pl.cli", *words]
         return subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     return start

@@ -41,7 +41,9 @@ def assert_alike(a: Path, b: Path, tolerance: float = 1e-6) -> None:
     first, second = scalars(a), scalars(b)
     for tag in ("train/loss", "val/loss", "val/bpb", "lr", "grad_norm"):
         assert [step for step, _ in first[tag]] == [step for step, _ in second[tag]], tag
-        assert torch.allclose(*(torch.tensor([v for _, v in s[tag]]) for s in (first, second)), atol=tolerance, rtol=tolerance), tag
+        assert torch.allclose(
+            *(torch.tensor([v for _, v in s[tag]]) for s in (first, second)), atol=tolerance, rtol=tolerance
+        ), tag
     mine, theirs = weights(a), weights(b)
     assert mine.keys() == theirs.keys()
     assert max((mine[k] - theirs[k]).abs().max().item() for k in mine) <= tolerance
@@ -83,5 +85,7 @@ def test_sharding_shards(runs: Path) -> None:
     assert sum(held) >= whole  # sharding pads
     assert max(held) < 0.6 * whole
     ours, theirs = (torch.load(runs / f"logs/{n}/0/checkpoints/last.ckpt", weights_only=True) for n in ("fsdp", "one"))
-    shapes = [{i: tuple(s["exp_avg"].shape) for i, s in c["optimizer_states"][0]["state"].items()} for c in (ours, theirs)]
+    shapes = [
+        {i: tuple(s["exp_avg"].shape) for i, s in c["optimizer_states"][0]["state"].items()} for c in (ours, theirs)
+    ]
     assert shapes[0] == shapes[1]

@@ -36,7 +36,9 @@ def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run that learns a little; returns its folder."""
     folder = tmp_path_factory.mktemp("trained")
     words = ["--config", str(config), "--logs", str(folder / "logs"), "--trainer.callbacks", "[Unigram]"]
-    command("fit", [*words, "--trainer.max_steps", "30", "--trainer.log_every_n_steps", "5", "--data.test_tokens", "500"])
+    command(
+        "fit", [*words, "--trainer.max_steps", "30", "--trainer.log_every_n_steps", "5", "--data.test_tokens", "500"]
+    )
     return folder / "logs/tiny/0"
 
 
@@ -153,7 +155,9 @@ def test_compiled_training_equals_eager_training(here: Path, config: Path) -> No
     words = ["--config", str(config), "--model.dropout", "0", "--model.block.dropout", "0"]
     command("fit", [*words, "--name", "eager"])
     command("fit", [*words, "--name", "compiled", "--model.compile", "aot_eager"])
-    a, b = (read_checkpoint(here / f"logs/{name}/0/checkpoints/last.ckpt")["state_dict"] for name in ("eager", "compiled"))
+    a, b = (
+        read_checkpoint(here / f"logs/{name}/0/checkpoints/last.ckpt")["state_dict"] for name in ("eager", "compiled")
+    )
     assert a.keys() == b.keys()
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
 
@@ -200,15 +204,50 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], list[str], type, str]] = {
     "no shard": (lambda f: (f / "train_0.bin").unlink(), [], DataError, r"no file matches .*train_\*"),
     "bad magic": (lambda f: broken_shard(f, "magic"), [], DataError, r"train_0.bin: magic 7 \(expected 20240520"),
     "bad length": (lambda f: broken_shard(f, "length"), [], DataError, r"train_0.bin: .*bytes \(expected"),
-    "token beyond the vocabulary": (lambda f: broken_shard(f, "token"), [], DataError, r"train_0.bin: token id 300 at index 17"),
-    "vocabulary too small": (lambda f: None, ["--model.vocab_size", "200"], ConfigError, r"model.vocab_size: 200 .*257"),
+    "token beyond the vocabulary": (
+        lambda f: broken_shard(f, "token"),
+        [],
+        DataError,
+        r"train_0.bin: token id 300 at index 17",
+    ),
+    "vocabulary too small": (
+        lambda f: None,
+        ["--model.vocab_size", "200"],
+        ConfigError,
+        r"model.vocab_size: 200 .*257",
+    ),
     "indivisible batch": (lambda f: None, ["--data.batch_size", "9"], ConfigError, r"data.batch_size: 9 .*8|12"),
     "too few validation tokens": (lambda f: None, ["--data.val_tokens", "9999"], DataError, r"val.*9999|10000"),
-    "no such checkpoint": (lambda f: None, ["--ckpt_path", "nowhere.ckpt"], CheckpointError, r"nowhere.ckpt: no such checkpoint"),
-    "typo": (lambda f: None, ["--model.block.attention.n_haeds", "2"], ConfigError, r"model.block.attention.n_haeds: .*n_heads"),
-    "unknown class": (lambda f: None, ["--model.block.mlp", "GatedMPL"], ConfigError, r"model.block.mlp: 'GatedMPL'.*GatedMLP"),
-    "bad heads": (lambda f: None, ["--model.block.attention.n_heads", "5"], ConfigError, r"d_model=32 does not split into n_heads=5"),
-    "schedule longer than the run": (lambda f: None, ["--trainer.max_steps", "5"], ConfigError, r"warmup=2 and warmdown=4"),
+    "no such checkpoint": (
+        lambda f: None,
+        ["--ckpt_path", "nowhere.ckpt"],
+        CheckpointError,
+        r"nowhere.ckpt: no such checkpoint",
+    ),
+    "typo": (
+        lambda f: None,
+        ["--model.block.attention.n_haeds", "2"],
+        ConfigError,
+        r"model.block.attention.n_haeds: .*n_heads",
+    ),
+    "unknown class": (
+        lambda f: None,
+        ["--model.block.mlp", "GatedMPL"],
+        ConfigError,
+        r"model.block.mlp: 'GatedMPL'.*GatedMLP",
+    ),
+    "bad heads": (
+        lambda f: None,
+        ["--model.block.attention.n_heads", "5"],
+        ConfigError,
+        r"d_model=32 does not split into n_heads=5",
+    ),
+    "schedule longer than the run": (
+        lambda f: None,
+        ["--trainer.max_steps", "5"],
+        ConfigError,
+        r"warmup=2 and warmdown=4",
+    ),
 }
 
 

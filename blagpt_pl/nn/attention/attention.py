@@ -30,7 +30,9 @@ def heads_of(site: Site, n_heads: int, n_kv_heads: int | None, head_dim: int | N
     n_kv = n_heads if n_kv_heads is None else n_kv_heads
     if n_kv < 1 or n_heads % n_kv:
         fits = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-        raise ValueError(f"layer {site.layer}: n_heads={n_heads} does not group into n_kv_heads={n_kv}; choose of {fits}")
+        raise ValueError(
+            f"layer {site.layer}: n_heads={n_heads} does not group into n_kv_heads={n_kv}; choose of {fits}"
+        )
     return Heads(site, n_heads, n_kv, head_dim)
 
 

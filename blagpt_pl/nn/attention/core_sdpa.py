@@ -30,4 +30,6 @@ class SDPA(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=self.heads.n != self.heads.n_kv)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=self.heads.n != self.heads.n_kv
+        )
