@@ -25,3 +25,9 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another run."""
 
     exit_code = 4
+
+
+class Diverged(UserError):
+    """A loss, a gradient or a parameter that is no longer finite."""
+
+    exit_code = 5

@@ -46,9 +46,9 @@ class KeepAll(Checkpoint):
     """Keeps a copy of each checkpoint under its step."""
 
     def save(self, trainer: L.Trainer) -> None:
-        before = self._saved_step
+        before = self.saved_step
         super().save(trainer)
-        if self._saved_step != before:
+        if self.saved_step != before:
             (self._folder / f"{trainer.global_step}.ckpt").write_bytes(self.last_path.read_bytes())
 
 

@@ -33,7 +33,7 @@ class Checkpoint(CheckpointBase):
         self.best: float = math.inf
         self.best_step = 0
         self._best_due = False
-        self._saved_step = 0
+        self.saved_step = 0
         self._folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -51,7 +51,7 @@ class Checkpoint(CheckpointBase):
         return self._folder / "best.ckpt"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self.saved_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -75,9 +75,9 @@ class Checkpoint(CheckpointBase):
     def save(self, trainer: L.Trainer) -> None:
         """Write what is due, on every rank together; once a step, and never before the first one."""
         step = trainer.global_step
-        if trainer.fast_dev_run or (step == self._saved_step and not self._best_due):
+        if trainer.fast_dev_run or (step == self.saved_step and not self._best_due):
             return
-        self._saved_step = step
+        self.saved_step = step
         best_due, self._best_due = self._best_due, False
         trainer.save_checkpoint(self.last_path, weights_only=False)
         if best_due and trainer.is_global_zero:

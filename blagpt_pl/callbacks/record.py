@@ -5,6 +5,7 @@ Seed, resolved configuration, data fingerprint, code version and hardware stand 
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from blagpt_pl.callbacks.checkpoint import Checkpoint
 from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.callbacks.summary import summary
 from blagpt_pl.callbacks.vram import PeakVRAM, peak_ram_mib
+from blagpt_pl.errors import Diverged
 from blagpt_pl.nn.base import count
 
 
@@ -93,9 +95,9 @@ class Record(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._started:
-            self._end(
-                trainer, pl_module, "stopped" if isinstance(exception, SystemExit | KeyboardInterrupt) else "failed"
-            )
+            asked = isinstance(exception, SystemExit | KeyboardInterrupt)
+            state = "stopped" if asked else "diverged" if isinstance(exception, Diverged) else "failed"
+            self._end(trainer, pl_module, state)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         out_of_time = any((timer.time_remaining() or 1) <= 0 for timer in trainer.callbacks if isinstance(timer, Timer))
@@ -122,7 +124,8 @@ class Record(L.Callback):
         logged = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         for source in self.sources:
             logged |= source.metrics
-        metrics = {k.replace("/", "_"): _rounded(float(v)) for k, v in logged.items()}
+        finite = {name: float(value) for name, value in logged.items() if math.isfinite(float(value))}
+        metrics = {name.replace("/", "_"): _rounded(value) for name, value in finite.items()}
         metrics["val_tokens"] = int(metrics.get("val_tokens", 0))
         steps, memory, saved = (_find(trainer, kind) for kind in (StepTime, PeakVRAM, Checkpoint))
         data = trainer.datamodule

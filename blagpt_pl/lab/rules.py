@@ -43,7 +43,7 @@ FIXED: dict[str, tuple[tuple, str]] = {  # of the Trainer: the values that it ma
     "default_root_dir": ((None,), "a run writes to <logs>/<name>/<k>; fix: logs"),
 }
 HOUSE = {"Checkpoint": "checkpoint", "Samples": "samples", "StepTime": "step_time"}
-ALWAYS = ("PeakVRAM", "GracefulStop", "Record", "Progress")
+ALWAYS = ("PeakVRAM", "GracefulStop", "NonFinite", "Record", "Progress")
 MONITORS = ("val/loss", "val/bpb", "val/perplexity")
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from blagpt_pl.callbacks.atomic_io import AtomicCheckpointIO, read_checkpoint
 from blagpt_pl.callbacks.checkpoint import Checkpoint
+from blagpt_pl.callbacks.nonfinite import NonFinite
 from blagpt_pl.callbacks.progress import Progress
 from blagpt_pl.callbacks.record import Record
 from blagpt_pl.callbacks.run_logger import RunLogger
@@ -131,7 +132,7 @@ class BlagptCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         if self.command == "fit":
-            callbacks = [*callbacks, PeakVRAM(), GracefulStop(), Record(self.config_text())]
+            callbacks = [*callbacks, PeakVRAM(), GracefulStop(), NonFinite(), Record(self.config_text())]
         else:
             callbacks = []
             config["enable_checkpointing"] = False

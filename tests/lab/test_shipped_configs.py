@@ -43,7 +43,12 @@ def test_the_baseline_is_the_original_field_for_field() -> None:
     assert cli.model.head.weight is cli.model.embedding.weight
     assert all(linear.bias is not None for linear in cli.model.modules() if isinstance(linear, torch.nn.Linear))
     data = cli.datamodule
-    assert (data.batch_size, data.context, data.val_tokens, len(data.source.train_files())) == (512, 1024, 10_485_760, 103)
+    assert (data.batch_size, data.context, data.val_tokens, len(data.source.train_files())) == (
+        512,
+        1024,
+        10_485_760,
+        103,
+    )
     factors = [cli.model.configure_schedule(cli.trainer).factor(s) for s in (0, 124, 249, 250, 3099, 3100, 4100, 5099)]
     assert factors == pytest.approx([1 / 250, 0.5, 1, 1, 1, 1, 0.5, 1 / 2000])
 
@@ -58,7 +63,9 @@ def test_best_differs_from_the_baseline_in_the_learning_rate_alone() -> None:
 
 @pytest.mark.parametrize("base", COMPLETE)
 @pytest.mark.parametrize("overlay", sorted(p.name for p in (CONFIGS / "trainer").glob("*.yaml")))
-def test_every_overlay_parses_on_every_base_without_a_gpu(base: str, overlay: str, capsys: pytest.CaptureFixture) -> None:
+def test_every_overlay_parses_on_every_base_without_a_gpu(
+    base: str, overlay: str, capsys: pytest.CaptureFixture
+) -> None:
     words = ["--config", str(CONFIGS / base), "--config", str(CONFIGS / "trainer" / overlay), "--print_config"]
     with pytest.raises(SystemExit) as done:
         run("fit", words)

@@ -67,12 +67,15 @@ def test_the_micro_batch_does_not_enter_the_ruler(runs: Path, run: Callable, con
     assert float(printed["val/loss"]) == pytest.approx(result["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("source", "target", "flags"), [("ddp", "fsdp", FSDP2), ("fsdp", "ddp", DDP2)])
+@pytest.mark.parametrize(
+    ("source", "target", "flags", "torchrun"), [("ddp", "fsdp", FSDP2, 0), ("fsdp", "ddp", DDP2, 2)]
+)
 def test_a_checkpoint_of_one_goes_on_in_the_other(
-    runs: Path, run: Callable, config: Path, source: str, target: str, flags: tuple
+    runs: Path, run: Callable, config: Path, source: str, target: str, flags: tuple, torchrun: int
 ) -> None:
+    """And each strategy has been started by Lightning and by torchrun once, with what the runs above did."""
     longer = ("--trainer.max_steps", "16", "--ckpt_path", f"logs/{source}/0/checkpoints/last.ckpt")
-    run(runs, "fit", "--config", str(config), "--name", f"{source}-{target}", *longer, *flags)
+    run(runs, "fit", "--config", str(config), "--name", f"{source}-{target}", *longer, *flags, torchrun=torchrun)
     alone = runs / "logs" / f"{source}-one" / "0"
     run(runs, "fit", "--config", str(config), "--name", f"{source}-one", *longer)
     assert_alike(alone, runs / "logs" / f"{source}-{target}" / "0")

@@ -13,7 +13,7 @@ from system.conftest import scalars, texts, tiny_config
 
 from blagpt_pl.callbacks.atomic_io import read_checkpoint
 from blagpt_pl.data.shards import ShardSet, write_shard
-from blagpt_pl.errors import CheckpointError, ConfigError, DataError
+from blagpt_pl.errors import CheckpointError, ConfigError, DataError, Diverged
 from blagpt_pl.lab.generate import main as generate
 from blagpt_pl.lab.load import load
 from blagpt_pl.lab.train import run as command
@@ -151,6 +151,58 @@ def test_a_strangers_part_needs_no_registration(here: Path, config: Path) -> Non
     assert part == {"class_path": "my_ideas.RunningMean", "init_args": {"scale": 0.5}}
 
 
+def test_an_optimizer_of_two_by_role_fits_the_wiring(here: Path, config: Path) -> None:
+    """A stranger's optimizer: Muon on the matrices, AdamW on the rest, one object; clipped, scheduled, resumed."""
+    (here / "two.py").write_text(
+        "import torch\n"
+        "from torch.optim import AdamW, Muon, Optimizer\n\n\n"
+        "class MuonAndAdamW(Optimizer):\n"
+        "    def __init__(self, params, lr: float = 1e-3, muon_lr: float = 2e-3):\n"
+        "        groups = [{**g, 'lr': muon_lr if g['role'] == 'matrix' else lr} for g in params]\n"
+        "        super().__init__(groups, {'lr': lr})\n"
+        "        matrices = [g for g in self.param_groups if g['role'] == 'matrix']\n"
+        "        others = [g for g in self.param_groups if g['role'] != 'matrix']\n"
+        "        assert matrices and others\n"
+        "        self.parts = [Muon(matrices, adjust_lr_fn='match_rms_adamw'), AdamW(others)]\n"
+        "        for part in self.parts:\n"
+        "            part.state = self.state\n"
+        "            mine = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]\n"
+        "            for g in mine:\n"
+        "                for key, value in part.defaults.items():\n"
+        "                    g.setdefault(key, value)\n"
+        "            part.param_groups = mine\n\n"
+        "    def load_state_dict(self, state):\n"
+        "        super().load_state_dict(state)\n"
+        "        for part in self.parts:\n"
+        "            part.state = self.state\n"
+        "            part.param_groups = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]\n\n"
+        "    def step(self, closure=None):\n"
+        "        loss = closure() if closure else None\n"
+        "        for part in self.parts:\n"
+        "            part.step()\n"
+        "        return loss\n"
+    )
+    words = ["--config", str(config), "--model.optimizer", "two.MuonAndAdamW", "--trainer.gradient_clip_val", "1.0"]
+    command("fit", [*words, "--name", "whole"])
+    found = scalars(here / "logs/whole/0")
+    assert found["train/loss"][-1][1] < found["train/loss"][0][1]
+    assert found["lr/matrix"][5][1] == pytest.approx(2e-3)  # past the warm-up
+    assert found["lr/embedding"][5][1] == pytest.approx(1e-3)
+    Path("stop.py").write_text(
+        "import lightning as L\n\n\n"
+        "class Stop(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 7:\n"
+        "            raise SystemExit(1)\n"
+    )
+    with pytest.raises(SystemExit):
+        command("fit", [*words, "--name", "cut", "--checkpoint.every_n_steps", "1", "--trainer.callbacks+=stop.Stop"])
+    resumed = ["--ckpt_path", "logs/cut/0/checkpoints/last.ckpt"]
+    command("fit", [*words, "--name", "again", *resumed])
+    a, b = (read_checkpoint(here / f"logs/{n}/0/checkpoints/last.ckpt")["state_dict"] for n in ("whole", "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_compiled_training_equals_eager_training(here: Path, config: Path) -> None:
     words = ["--config", str(config), "--model.dropout", "0", "--model.block.dropout", "0"]
     command("fit", [*words, "--name", "eager"])
@@ -185,6 +237,23 @@ def test_real_text_is_learned(here: Path, config: Path, shards: Path, monkeypatc
     bytes_a_token = result["val_loss"] / math.log(2) / result["val_bpb"]
     assert 3.5 < bytes_a_token < 5.0
     assert scalars(here / "logs/tiny/0").keys() >= ALWAYS
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(here: Path, config: Path) -> None:
+    (here / "poison.py").write_text(
+        "import lightning as L\n\n\n"
+        "class Poison(L.Callback):\n"
+        "    def on_before_optimizer_step(self, trainer, model, optimizer):\n"
+        "        if trainer.global_step == 7:\n"
+        "            next(model.parameters()).grad.fill_(float('nan'))\n"
+    )
+    words = ["--config", str(config), "--trainer.callbacks+=poison.Poison", "--checkpoint.every_n_steps", "2"]
+    with pytest.raises(Diverged, match=r"step 8: (grad_norm is nan|a parameter is not finite).*last.ckpt"):
+        command("fit", [*words, "--trainer.log_every_n_steps", "4"])
+    saved = read_checkpoint(here / "logs/tiny/0/checkpoints/last.ckpt")
+    assert saved["global_step"] == 6
+    assert all(v.isfinite().all() for v in saved["state_dict"].values())
+    assert json.loads((here / "logs/tiny/0/status.json").read_text())["state"] == "diverged"
 
 
 def broken_shard(folder: Path, kind: str) -> None:

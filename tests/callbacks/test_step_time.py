@@ -1,0 +1,85 @@
+"""Step time is the time of optimizer steps: not of warm-up, validation or checkpoints."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blagpt_pl.callbacks import step_time
+from blagpt_pl.callbacks.progress import shown
+from blagpt_pl.callbacks.step_time import StepTime
+from blagpt_pl.callbacks.summary import summary
+
+
+class Run:
+    """A trainer, a module and a clock, as far as `StepTime` looks at them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, warmup: int = 2, log_every: int = 5) -> None:
+        self.now = 100.0
+        self.logged: list[dict] = []
+        monkeypatch.setattr(step_time.time, "perf_counter", lambda: self.now)
+        self.callback = StepTime(warmup)
+        self.trainer = SimpleNamespace(max_steps=1000, global_step=0, world_size=2, log_every_n_steps=log_every)
+        self.module = SimpleNamespace(device=torch.device("cpu"), log_dict=self.logged.append)
+        self.callback.on_train_start(self.trainer, self.module)
+
+    def step(self, ms: float) -> None:
+        self.now += ms / 1e3
+        self.trainer.global_step += 1
+        batch = (torch.zeros(2, 4, 8), None)  # 64 tokens a rank
+        self.callback.on_train_batch_end(self.trainer, self.module, None, batch, 0)
+
+
+def test_warm_up_validation_and_checkpoints_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    for ms in (5000, 3000, 3000, 10, 12, 11):  # the first has no start, the next two are warm-up
+        run.step(ms)
+    run.now += 60  # a validation
+    run.callback.on_validation_start(run.trainer, run.module)
+    run.step(10)
+    run.step(14)
+    run.now += 60
+    run.callback.on_save_checkpoint(run.trainer, run.module, {})
+    run.step(10)
+    run.step(13)
+    assert run.callback.times_ms == pytest.approx([10, 12, 11, 14, 13])
+    result = run.callback.summary()
+    assert result["step_ms"] == pytest.approx(12)
+    assert result["step_ms_p90"] == pytest.approx(14)
+    assert result["tokens_per_s"] == pytest.approx(128 / 0.012)
+
+
+def test_a_log_covers_the_steps_since_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, warmup=0)
+    for ms in (1, 10, 10, 10, 10, 20, 20, 20, 20, 20):
+        run.step(ms)
+    assert [log["perf/step_ms"] for log in run.logged] == pytest.approx([10, 20])
+    assert run.logged[1]["perf/tokens_per_s"] == pytest.approx(128 / 0.02)
+    assert "perf/mfu" not in run.logged[0]  # a CPU's peak is not known
+
+
+def test_mfu_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, warmup=0, log_every=2)
+    monkeypatch.setattr(step_time, "peak_flops", lambda device: 1e6)
+    run.module.flops_per_token = lambda: 100
+    run.step(1)
+    run.step(10)
+    assert run.logged[0]["perf/mfu"] == pytest.approx(128 / 0.01 * 100 / (1e6 * 2))
+
+
+def test_a_run_too_short_to_time_says_nothing() -> None:
+    assert StepTime().summary() == {}
+
+
+def test_the_bar_and_the_summary_show_what_there_is() -> None:
+    metrics = {"train/loss": torch.tensor(3.25), "perf/tokens_per_s": 12345.6, "lr": 0.1}
+    assert shown(metrics) == {"loss": "3.2500", "tok/s": "12,346"}
+    text = summary(
+        {
+            "state": "finished", "steps": 3, "max_steps": 3, "seconds": 4000, "tokens": 1000, "parameters": 1_500_000,
+            "peak_ram_mib": 900.0, "hardware": "1 x CPU", "run": "logs/a/0",
+        }
+    )  # fmt: skip
+    assert "finished: step 3 of 3 in 1 h 06 min" in text
+    assert "1.50 M" in text
+    assert "val loss" not in text
