@@ -89,17 +89,40 @@ class Progress(ProgressBar):
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._visible and sys.stderr.isatty():
-            total = sum(trainer.num_val_batches)
-            self._eval_bar = tqdm(total=total, desc="validation", leave=False, position=1, dynamic_ncols=True)
+        self._eval_start("validation", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if self._eval_bar is not None:
-            self._eval_bar.update(1)
+        self._eval_step("validation", batch_idx + 1, sum(trainer.num_val_batches))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close_eval()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._eval_start("test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._eval_step("test", batch_idx + 1, sum(trainer.num_test_batches))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close_eval()
+
+    def _eval_start(self, name: str, total: int) -> None:
+        self._line_due = max(self._line_due, time.monotonic() + self.lines_every_s)
+        if self._visible and sys.stderr.isatty():
+            self._eval_bar = tqdm(total=total, desc=name, leave=False, position=1, dynamic_ncols=True)
+
+    def _eval_step(self, name: str, done: int, total: int) -> None:
+        if self._eval_bar is not None:
+            self._eval_bar.update(1)
+        elif self._visible and time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + self.lines_every_s
+            print(f"{name} {done}/{total}", file=sys.stderr)
+
+    def _close_eval(self) -> None:
         if self._eval_bar is not None:
             self._eval_bar.close()
             self._eval_bar = None
@@ -111,7 +134,7 @@ class Progress(ProgressBar):
             self._bar = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        for bar in (self._bar, self._eval_bar):
-            if bar is not None:
-                bar.close()
-        self._bar = self._eval_bar = None
+        self._close_eval()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,5 +1,7 @@
 """Whole runs of the `blagpt` command, in processes of their own, on a model and data so small that start-up is the cost."""
 
+import multiprocessing
+import multiprocessing.context
 import os
 import subprocess
 import sys
@@ -69,30 +71,77 @@ def environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in unwanted}, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="session")
-def blagpt(config: Path, environment: dict[str, str]) -> Callable[..., subprocess.Popen]:
-    """Start `blagpt WORDS...` in a folder; `torchrun=2` starts it under torchrun."""
+def _child(cwd: str, words: list[str], environment: dict[str, str]) -> None:
+    """The command, in a process that a fork server made: it has imported everything already."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    os.setsid()
+    for stream, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{stream}-{os.getpid()}", os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = ["blagpt", *words]
+    from blagpt_pl.cli import main
 
-    def start(cwd: Path, *words: str, torchrun: int = 0) -> subprocess.Popen:
+    main()
+
+
+class Forked:
+    """A `blagpt` process from the fork server, with the face of a Popen."""
+
+    def __init__(
+        self, context: multiprocessing.context.BaseContext, cwd: Path, words: tuple, env: dict[str, str]
+    ) -> None:
+        self.process = context.Process(target=_child, args=(str(cwd), list(words), env))
+        self.process.start()
+        self.pid, self.cwd = self.process.pid, cwd
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired("blagpt", timeout)
+        return tuple((self.cwd / f"{stream}-{self.pid}").read_text() for stream in ("out", "err"))
+
+
+@pytest.fixture(scope="session")
+def forks() -> multiprocessing.context.BaseContext:
+    """A server that imports Lightning once and forks a process for each run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["blagpt_pl.lab.train"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def blagpt(
+    environment: dict[str, str], forks: multiprocessing.context.BaseContext
+) -> Callable[..., Forked | subprocess.Popen]:
+    """Start `blagpt WORDS...` in a folder.
+
+    On several devices Lightning starts the other ranks with the same command, so that one needs a process of its own;
+    `torchrun=2` starts it under torchrun.
+    """
+
+    def start(cwd: Path, *words: str, torchrun: int = 0) -> Forked | subprocess.Popen:
+        if not torchrun and "--trainer.devices" not in words:
+            return Forked(forks, cwd, words, environment)
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)] if torchrun else []
         )
         command = [sys.executable, *launcher, "-m", "blagpt_pl.cli", *words]
+        pipe = subprocess.PIPE
         return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
 
     return start
 
 
 @pytest.fixture(scope="session")
-def run(blagpt: Callable[..., subprocess.Popen]) -> Callable[..., tuple[str, str]]:
+def run(blagpt: Callable[..., Forked | subprocess.Popen]) -> Callable[..., tuple[str, str]]:
     """Run `blagpt` to its end and return what it printed; fail unless it exits as expected."""
 
     def finish(cwd: Path, *words: str, torchrun: int = 0, code: int = 0) -> tuple[str, str]:
