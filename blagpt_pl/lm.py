@@ -51,10 +51,9 @@ class LanguageModel(L.LightningModule):
         compile: str | None = None,
     ) -> None:
         super().__init__()
-        if compile is not None and compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
-            raise ValueError(
-                f"model.compile: {compile!r} is no backend of torch.compile (expected one of {', '.join(known)})"
-            )
+        if isinstance(compile, str) and compile not in torch._dynamo.list_backends(exclude_tags=()):
+            known = ", ".join(torch._dynamo.list_backends())
+            raise ValueError(f"model.compile: {compile!r} is no backend of torch.compile (expected one of {known})")
         self.vocab_size = vocab_size
         self.context = context
         self.seed = torch.initial_seed()

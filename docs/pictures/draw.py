@@ -44,7 +44,7 @@ def panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]], last
     out = [f'<text x="{LEFT}" y="18" class="t">{escape(title)}</text>']
     for tick in ticks(low, high):
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" class="g"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick:.4g}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in ticks(0, last_step, 3):
         out.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 9}" text-anchor="middle">{tick:.0f}</text>')
     for i, (tag, points) in enumerate(lines):

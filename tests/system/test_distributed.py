@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.conftest import FSDP, scalars
+from harness import FSDP, scalars
 
 DDP2 = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 FSDP2 = ("--trainer.devices", "2", "--trainer.strategy", json.dumps(FSDP))

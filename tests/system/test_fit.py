@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from system.conftest import scalars, texts, tiny_config
+from harness import scalars, texts, tiny_config
 
 from blagpt_pl.callbacks.atomic_io import read_checkpoint
 from blagpt_pl.data.shards import ShardSet, write_shard

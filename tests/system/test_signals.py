@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.conftest import scalars
+from harness import scalars
 
 LONG = (
     "--trainer.max_steps", "150", "--trainer.val_check_interval", "50", "--trainer.log_every_n_steps", "5",
