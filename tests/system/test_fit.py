@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
+
+
+def write(file: Path, text: str) -> None:
+    """A stranger's module."""
+    file.write_text(textwrap.dedent(text))
 
 
 @pytest.fixture(scope="module")
@@ -153,34 +159,41 @@ def test_a_strangers_part_needs_no_registration(here: Path, config: Path) -> Non
 
 def test_an_optimizer_of_two_by_role_fits_the_wiring(here: Path, config: Path) -> None:
     """A stranger's optimizer: Muon on the matrices, AdamW on the rest, one object; clipped, scheduled, resumed."""
-    (here / "two.py").write_text(
-        "import torch\n"
-        "from torch.optim import AdamW, Muon, Optimizer\n\n\n"
-        "class MuonAndAdamW(Optimizer):\n"
-        "    def __init__(self, params, lr: float = 1e-3, muon_lr: float = 2e-3):\n"
-        "        groups = [{**g, 'lr': muon_lr if g['role'] == 'matrix' else lr} for g in params]\n"
-        "        super().__init__(groups, {'lr': lr})\n"
-        "        matrices = [g for g in self.param_groups if g['role'] == 'matrix']\n"
-        "        others = [g for g in self.param_groups if g['role'] != 'matrix']\n"
-        "        assert matrices and others\n"
-        "        self.parts = [Muon(matrices, adjust_lr_fn='match_rms_adamw'), AdamW(others)]\n"
-        "        for part in self.parts:\n"
-        "            part.state = self.state\n"
-        "            mine = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]\n"
-        "            for g in mine:\n"
-        "                for key, value in part.defaults.items():\n"
-        "                    g.setdefault(key, value)\n"
-        "            part.param_groups = mine\n\n"
-        "    def load_state_dict(self, state):\n"
-        "        super().load_state_dict(state)\n"
-        "        for part in self.parts:\n"
-        "            part.state = self.state\n"
-        "            part.param_groups = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]\n\n"
-        "    def step(self, closure=None):\n"
-        "        loss = closure() if closure else None\n"
-        "        for part in self.parts:\n"
-        "            part.step()\n"
-        "        return loss\n"
+    write(
+        here / "two.py",
+        """
+        import torch
+        from torch.optim import AdamW, Muon, Optimizer
+
+
+        class MuonAndAdamW(Optimizer):
+            def __init__(self, params, lr: float = 1e-3, muon_lr: float = 2e-3):
+                groups = [{**g, 'lr': muon_lr if g['role'] == 'matrix' else lr} for g in params]
+                super().__init__(groups, {'lr': lr})
+                matrices = [g for g in self.param_groups if g['role'] == 'matrix']
+                others = [g for g in self.param_groups if g['role'] != 'matrix']
+                assert matrices and others
+                self.parts = [Muon(matrices, adjust_lr_fn='match_rms_adamw'), AdamW(others)]
+                for part in self.parts:
+                    part.state = self.state
+                    mine = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]
+                    for g in mine:
+                        for key, value in part.defaults.items():
+                            g.setdefault(key, value)
+                    part.param_groups = mine
+
+            def load_state_dict(self, state):
+                super().load_state_dict(state)
+                for part in self.parts:
+                    part.state = self.state
+                    part.param_groups = [g for g in self.param_groups if (g['role'] == 'matrix') == (part is self.parts[0])]
+
+            def step(self, closure=None):
+                loss = closure() if closure else None
+                for part in self.parts:
+                    part.step()
+                return loss
+    """,
     )
     words = ["--config", str(config), "--model.optimizer", "two.MuonAndAdamW", "--trainer.gradient_clip_val", "1.0"]
     command("fit", [*words, "--name", "whole"])
@@ -188,12 +201,17 @@ def test_an_optimizer_of_two_by_role_fits_the_wiring(here: Path, config: Path) -
     assert found["train/loss"][-1][1] < found["train/loss"][0][1]
     assert found["lr/matrix"][5][1] == pytest.approx(2e-3)  # past the warm-up
     assert found["lr/embedding"][5][1] == pytest.approx(1e-3)
-    Path("stop.py").write_text(
-        "import lightning as L\n\n\n"
-        "class Stop(L.Callback):\n"
-        "    def on_train_batch_start(self, trainer, *_):\n"
-        "        if trainer.global_step == 7:\n"
-        "            raise SystemExit(1)\n"
+    write(
+        here / "stop.py",
+        """
+        import lightning as L
+
+
+        class Stop(L.Callback):
+            def on_train_batch_start(self, trainer, *_):
+                if trainer.global_step == 7:
+                    raise SystemExit(1)
+    """,
     )
     with pytest.raises(SystemExit):
         command("fit", [*words, "--name", "cut", "--checkpoint.every_n_steps", "1", "--trainer.callbacks+=stop.Stop"])
@@ -240,12 +258,17 @@ def test_real_text_is_learned(here: Path, config: Path, shards: Path, monkeypatc
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(here: Path, config: Path) -> None:
-    (here / "poison.py").write_text(
-        "import lightning as L\n\n\n"
-        "class Poison(L.Callback):\n"
-        "    def on_before_optimizer_step(self, trainer, model, optimizer):\n"
-        "        if trainer.global_step == 7:\n"
-        "            next(model.parameters()).grad.fill_(float('nan'))\n"
+    write(
+        here / "poison.py",
+        """
+        import lightning as L
+
+
+        class Poison(L.Callback):
+            def on_before_optimizer_step(self, trainer, model, optimizer):
+                if trainer.global_step == 7:
+                    next(model.parameters()).grad.fill_(float('nan'))
+    """,
     )
     words = ["--config", str(config), "--trainer.callbacks+=poison.Poison", "--checkpoint.every_n_steps", "2"]
     with pytest.raises(Diverged, match=r"step 8: (grad_norm is nan|a parameter is not finite).*last.ckpt"):
