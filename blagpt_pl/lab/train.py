@@ -117,7 +117,7 @@ class BlagptCLI(LightningCLI):
             if self._runs and self.command == "fit":
                 self.model.configure_schedule(self.trainer)
         except ValueError as error:  # a part says what is wrong with its values
-            cause = why(error)
+            cause = error if isinstance(error, UserError) else why(error)
             raise cause if isinstance(cause, UserError) else ConfigError(str(cause).splitlines()[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

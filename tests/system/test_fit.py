@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -136,20 +137,9 @@ def test_generate_continues_a_prompt(trained: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_strangers_part_needs_no_registration(here: Path, config: Path) -> None:
-    (here / "my_ideas.py").write_text(
-        '"""A sequence mixer of a stranger: the mean of all tokens so far."""\n'
-        "import torch\n"
-        "from torch import nn\n"
-        "from blagpt_pl.nn.base import Carry, OutputLinear, SequenceMixer, Site\n\n\n"
-        "class RunningMean(SequenceMixer):\n"
-        "    def __init__(self, site: Site, scale: float = 1.0):\n"
-        "        super().__init__()\n"
-        "        self.scale = scale\n"
-        "        self.out = OutputLinear(site.d_model, site.d_model)\n\n"
-        "    def forward(self, x, carry: Carry):\n"
-        "        n = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]\n"
-        "        return self.out(self.scale * x.cumsum(1) / n)\n"
-    )
+    """The one that README shows, as it stands there."""
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    (here / "my_ideas.py").write_text(next(block for block in blocks if "my_ideas.py" in block))
     words = ["--config", str(config), "--model.block.attention", "my_ideas.RunningMean", "--trainer.max_steps", "6"]
     command("fit", [*words, "--model.block.attention.scale", "0.5"])
     saved = yaml.safe_load((here / "logs/tiny/0/config.yaml").read_text())
