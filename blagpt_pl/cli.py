@@ -36,7 +36,7 @@ Layers are merged left to right; the last one to speak wins. A key may reach int
   --config FILE                      a complete configuration, or a difference to the ones before it
   --model.d_model 512                a value
   --model.block.mlp MLP              another part: its class name, or a path such as my_ideas.RunningMean
-  --model.block.attention.edits+=RoPE          append to a list
+  --model.block.attention.edits+=RoPE             append to a list
   --model.block.attention.edits[RoPE].theta 1e6   a value of the RoPE in a list
 
 Most used

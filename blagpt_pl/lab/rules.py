@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.explain import SECTIONS, UNKNOWN, imported, mistakes_in, shown
+from blagpt_pl.lab.mistakes import SECTIONS, UNKNOWN, imported, mistakes_in, shown
 from blagpt_pl.lm import LanguageModel
 
 COUNTS_STEPS = "a run counts optimizer steps, not epochs; fix: trainer.max_steps"

@@ -7,8 +7,9 @@ import pytest
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import parts
-from blagpt_pl.lab.explain import fitting, mistakes_in, why
+from blagpt_pl.lab.explain import why
 from blagpt_pl.lab.layers import from_arguments
+from blagpt_pl.lab.mistakes import fitting, mistakes_in
 from blagpt_pl.lab.strict_yaml import load_mapping
 from blagpt_pl.lab.train import run
 from blagpt_pl.nn.base import Norm

@@ -33,6 +33,17 @@ def wait_for_step(folder: Path, seconds: float = 60) -> None:
     raise AssertionError(f"{folder}: no run within {seconds} s")
 
 
+def assert_uninterrupted(folder: Path, reference: Path) -> None:
+    """One run folder; the same weights to the bit; each step logged once, with the same values."""
+    assert [p.name for p in folder.parent.iterdir()] == ["0"]
+    ours, theirs = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, reference))
+    assert all(torch.equal(ours["state_dict"][k], v) for k, v in theirs["state_dict"].items())
+    curve, whole = scalars(folder), scalars(reference)
+    for tag in ("train/loss", "val/loss", "grad_norm", "lr"):
+        assert [step for step, _ in curve[tag]] == [step for step, _ in whole[tag]]
+        assert [v for _, v in curve[tag]] == pytest.approx([v for _, v in whole[tag]], rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def reference(run: Callable, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run."""
@@ -72,13 +83,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
     out, _ = run(tmp_path, *words)
     assert f"(step {status['step']})" in out
-    assert [p.name for p in (tmp_path / "logs/tiny").iterdir()] == ["0"]  # went on where it was
-    ours, theirs = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (folder, reference))
-    assert all(torch.equal(ours["state_dict"][k], v) for k, v in theirs["state_dict"].items())
-    curve, whole = scalars(folder), scalars(reference)
-    for tag in ("train/loss", "val/loss", "grad_norm", "lr"):  # each step once, no gap, the same values
-        assert [step for step, _ in curve[tag]] == [step for step, _ in whole[tag]]
-        assert [v for _, v in curve[tag]] == pytest.approx([v for _, v in whole[tag]], rel=1e-6)
+    assert_uninterrupted(folder, reference)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    blagpt: Callable, run: Callable, config: Path, reference: Path, tmp_path: Path
+) -> None:
+    """What it logged after that checkpoint is taken back, so that each step stands in the curve once."""
+    words = ("fit", "--config", str(config), *LONG, "--checkpoint.every_n_steps", "10")
+    process = blagpt(tmp_path, *words)
+    folder = tmp_path / "logs/tiny/0"
+    end = time.monotonic() + 60
+    while not (folder / "checkpoints/last.ckpt").is_file() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert json.loads((folder / "status.json").read_text())["state"] == "running"
+    out, _ = run(tmp_path, *words)
+    assert "resuming from" in out
+    assert_uninterrupted(folder, reference)
 
 
 def test_a_finished_run_is_not_resumed_but_followed_by_another(run: Callable, config: Path, tmp_path: Path) -> None:
