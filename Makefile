@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test lint install clean
 
@@ -27,12 +28,14 @@ $(BIN)/python:
 
 # torch first and by its pin, so that nothing that needs it can choose another build.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@echo "installing into $(VENV): torch first, then the rest (once; a minute, or as long as the download of torch takes)"
+	@$(PIP) torch
+	@$(PIP) --quiet -e .
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing what the tests need"
+	@$(PIP) --quiet -e '.[dev]'
 	@touch $@
 
 clean:
