@@ -110,6 +110,10 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning leaves with 1 where training has not begun
+            raise SystemExit(130) from None
+        raise
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ class Record(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self._start_step = time.time(), trainer.global_step
         self._status(trainer, "running")
+        if self._folder is not None and trainer.is_global_zero:
+            size = f"{count(pl_module.parameters()) / 1e6:,.2f} M parameters"
+            length = f"{trainer.max_steps:,} steps of {getattr(trainer.datamodule, 'tokens_per_step', 0):,} tokens"
+            where = hardware(pl_module.device, trainer.world_size)
+            print(f"{self._folder}: {type(pl_module).__name__}, {size}, {length}, {where}", flush=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._started:

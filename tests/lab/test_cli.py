@@ -249,3 +249,19 @@ def test_rules_are_asked(argv: list[str], begins: str, home: Path, monkeypatch: 
     with pytest.raises(ConfigError) as error:
         run("fit", ["--config", "base.yaml", *argv])
     assert str(error.value).startswith(begins)
+
+
+def test_an_interrupt_before_training_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning turns it into an exit with 1."""
+
+    def interrupted(command: str, argv: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", interrupted)
+    monkeypatch.setattr(sys, "argv", ["blagpt", "fit"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
