@@ -8,6 +8,7 @@ from helpers import SITE, D, attention, carry_of, heads, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blagpt_pl.nn.activation import GELU, ReLU2, SiLU
 from blagpt_pl.nn.attention.attention import Attention
@@ -246,3 +247,31 @@ def test_bf16_is_close_to_float32(part: partial) -> None:
     y = low(x.bfloat16(), carry_of(x))
     assert y.dtype == torch.bfloat16
     assert (y.float() - exact).abs().max() < 3e-2 * exact.abs().max()
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes that every attention kernel is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[tuple[int, ...]]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        if "attention" in str(func):
+            self.seen.append([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
+        return func(*args, **(kwargs or {}))
+
+
+def test_grouped_keys_and_values_are_never_repeated() -> None:
+    """The kernel and its backward read G heads of keys and values, and nothing expands them on the way."""
+    q = torch.randn(2, 8, 16, 32, requires_grad=True)
+    k, v = (torch.randn(2, 2, 16, 32, requires_grad=True) for _ in range(2))
+    with Shapes() as shapes:
+        SDPA(heads(8, 2, 32))(q, k, v).square().sum().backward()
+    forward, backward = shapes.seen
+    assert forward[1:3] == [(2, 2, 16, 32)] * 2
+    assert backward[2:4] == [(2, 2, 16, 32)] * 2
+    assert not [name for name in shapes.names if "repeat" in name]
+    assert k.grad.shape == (2, 2, 16, 32)
