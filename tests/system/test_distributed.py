@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import FSDP, scalars
 
+SIXTEEN = ("--data.batch_size", "16")  # four micro-batches on one rank, two on each of two
 DDP2 = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 FSDP2 = ("--trainer.devices", "2", "--trainer.strategy", json.dumps(FSDP))
 
@@ -25,10 +26,21 @@ class Held(L.Callback):
 def runs(run: Callable, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on one rank, on two with DDP (by Lightning), and on two with FSDP2 (by torchrun)."""
     folder = tmp_path_factory.mktemp("runs")
-    run(folder, "fit", "--config", str(config), "--name", "one")
-    run(folder, "fit", "--config", str(config), "--name", "ddp", *DDP2)
+    run(folder, "fit", "--config", str(config), "--name", "one", *SIXTEEN)
+    run(folder, "fit", "--config", str(config), "--name", "ddp", *SIXTEEN, *DDP2)
     (folder / "probe.py").write_text(PROBE)
-    run(folder, "fit", "--config", str(config), "--name", "fsdp", *FSDP2, "--trainer.callbacks+=probe.Held", torchrun=2)
+    run(
+        folder,
+        "fit",
+        "--config",
+        str(config),
+        "--name",
+        "fsdp",
+        *SIXTEEN,
+        *FSDP2,
+        "--trainer.callbacks+=probe.Held",
+        torchrun=2,
+    )
     return folder
 
 
@@ -74,7 +86,7 @@ def test_a_checkpoint_of_one_goes_on_in_the_other(
     runs: Path, run: Callable, config: Path, source: str, target: str, flags: tuple, torchrun: int
 ) -> None:
     """And each strategy has been started by Lightning and by torchrun once, with what the runs above did."""
-    longer = ("--trainer.max_steps", "16", "--ckpt_path", f"logs/{source}/0/checkpoints/last.ckpt")
+    longer = (*SIXTEEN, "--trainer.max_steps", "16", "--ckpt_path", f"logs/{source}/0/checkpoints/last.ckpt")
     run(runs, "fit", "--config", str(config), "--name", f"{source}-{target}", *longer, *flags, torchrun=torchrun)
     alone = runs / "logs" / f"{source}-one" / "0"
     run(runs, "fit", "--config", str(config), "--name", f"{source}-one", *longer)
