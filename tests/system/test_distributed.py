@@ -14,11 +14,26 @@ FSDP2 = ("--trainer.devices", "2", "--trainer.strategy", json.dumps(FSDP))
 
 PROBE = """
 import lightning as L
+import torch.distributed as dist
 
 class Held(L.Callback):
     def on_train_start(self, trainer, model):
         held = sum(p.to_local().numel() for p in model.parameters())
         open(f"held-{trainer.global_rank}", "w").write(str(held))
+
+class Reductions(L.Callback):
+    def on_train_start(self, trainer, model):
+        self.n = 0
+
+        def hook(state, bucket):
+            self.n += 1
+            mean = bucket.buffer().div_(dist.get_world_size())
+            return dist.all_reduce(mean, async_op=True).get_future().then(lambda done: done.value()[0])
+
+        trainer.strategy.model.register_comm_hook(None, hook)
+
+    def on_train_end(self, trainer, model):
+        open(f"reductions-{trainer.global_rank}", "w").write(str(self.n))
 """
 
 
@@ -27,8 +42,9 @@ def runs(run: Callable, config: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The same run on one rank, on two with DDP (by Lightning), and on two with FSDP2 (by torchrun)."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder, "fit", "--config", str(config), "--name", "one", *SIXTEEN)
-    run(folder, "fit", "--config", str(config), "--name", "ddp", *SIXTEEN, *DDP2)
     (folder / "probe.py").write_text(PROBE)
+    counted = "--trainer.callbacks+=probe.Reductions"
+    run(folder, "fit", "--config", str(config), "--name", "ddp", *SIXTEEN, *DDP2, counted)
     run(
         folder,
         "fit",
@@ -91,6 +107,11 @@ def test_a_checkpoint_of_one_goes_on_in_the_other(
     alone = runs / "logs" / f"{source}-one" / "0"
     run(runs, "fit", "--config", str(config), "--name", f"{source}-one", *longer)
     assert_alike(alone, runs / "logs" / f"{source}-{target}" / "0")
+
+
+def test_gradients_are_exchanged_once_a_step(runs: Path) -> None:
+    """Two micro-batches a rank, one bucket of gradients: as many reductions as steps."""
+    assert [(runs / f"reductions-{rank}").read_text() for rank in (0, 1)] == ["12", "12"]
 
 
 def test_sharding_shards(runs: Path) -> None:
