@@ -161,7 +161,7 @@ class LanguageModel(L.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip as the Trainer is told to, and keep the norm from before for the log."""
-        if gradient_clip_val or self._log_due(self.trainer.global_step + 1):
+        if gradient_clip_val or self.log_due(self.trainer.global_step + 1):
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)
             self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -172,7 +172,7 @@ class LanguageModel(L.LightningModule):
         step = self.trainer.global_step
         if step >= self.trainer.max_steps:
             self.trainer.should_stop = True  # Lightning then validates once more before it leaves
-        if not self._log_due(step):
+        if not self.log_due(step):
             return
         self.log_dict({f"train/{name}": mean for name, mean in self._window.means().items()}, sync_dist=True)
         rates = {"lr": next(iter(self._lr.values()))}
@@ -181,7 +181,8 @@ class LanguageModel(L.LightningModule):
         tokens = float(step * self._tokens_per_step)
         self.log_dict({**rates, "grad_norm": self._grad_norm, "tokens": tokens, "step": float(step)})
 
-    def _log_due(self, step: int) -> bool:
+    def log_due(self, step: int) -> bool:
+        """Whether scalars are logged when this many optimizer steps have been taken."""
         return step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps
 
     # ------------------------------------------------------------------ measuring

@@ -23,7 +23,7 @@ class NonFinite(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step and step % trainer.log_every_n_steps == 0:
+        if step and pl_module.log_due(step):
             self._look(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

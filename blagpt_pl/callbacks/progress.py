@@ -65,7 +65,7 @@ class Progress(ProgressBar):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._visible and trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self._visible and trainer.global_step and pl_module.log_due(trainer.global_step):
             self._show(trainer)
 
     def on_train_batch_end(

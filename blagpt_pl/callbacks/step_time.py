@@ -47,7 +47,7 @@ class StepTime(L.Callback):
     ) -> None:
         self.tokens_per_step = batch[0].numel() * trainer.world_size
         self._mark(pl_module.device)
-        if trainer.global_step % trainer.log_every_n_steps and trainer.global_step != trainer.max_steps:
+        if not pl_module.log_due(trainer.global_step):
             return
         window = self.times_ms[self._logged :]
         if not window:

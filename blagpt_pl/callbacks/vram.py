@@ -40,7 +40,7 @@ class PeakVRAM(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps and trainer.global_step != trainer.max_steps:
+        if not pl_module.log_due(trainer.global_step):
             return
         if pl_module.device.type == "cuda":
             self.train_mib = max(self.train_mib, torch.cuda.max_memory_allocated(pl_module.device) / MIB)

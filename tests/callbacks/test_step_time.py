@@ -19,8 +19,9 @@ class Run:
         self.logged: list[dict] = []
         monkeypatch.setattr(step_time.time, "perf_counter", lambda: self.now)
         self.callback = StepTime(warmup)
-        self.trainer = SimpleNamespace(max_steps=1000, global_step=0, world_size=2, log_every_n_steps=log_every)
+        self.trainer = SimpleNamespace(max_steps=1000, global_step=0, world_size=2)
         self.module = SimpleNamespace(device=torch.device("cpu"), log_dict=self.logged.append)
+        self.module.log_due = lambda step: step % log_every == 0
         self.callback.on_train_start(self.trainer, self.module)
 
     def step(self, ms: float) -> None:
