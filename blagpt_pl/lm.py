@@ -66,7 +66,7 @@ class LanguageModel(L.LightningModule):
         self._window = Window()
         self._grad_norm: Tensor | None = None
         self._lr: dict[str, float] = {}
-        self._tokens_per_step = 0
+        self.tokens_per_step = 0  # of all ranks, known from the first batch on
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -136,7 +136,7 @@ class LanguageModel(L.LightningModule):
         optimizer.zero_grad()
         self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
         n, ranks, rank = len(inputs), self.trainer.world_size, self.trainer.global_rank
-        self._tokens_per_step = inputs.numel() * ranks
+        self.tokens_per_step = inputs.numel() * ranks
         for micro in range(n):
             last = micro == n - 1
             reseed(self.seed, self.trainer.global_step, micro * ranks + rank)
@@ -178,7 +178,7 @@ class LanguageModel(L.LightningModule):
         rates = {"lr": next(iter(self._lr.values()))}
         if len(set(self._lr.values())) > 1:
             rates |= {f"lr/{role}": lr for role, lr in self._lr.items()}
-        tokens = float(step * self._tokens_per_step)
+        tokens = float(step * self.tokens_per_step)
         self.log_dict({**rates, "grad_norm": self._grad_norm, "tokens": tokens, "step": float(step)})
 
     def log_due(self, step: int) -> bool:

@@ -130,11 +130,13 @@ class Progress(ProgressBar):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
             self._bar.set_postfix(shown(trainer.callback_metrics), refresh=False)
-            self._bar.close()
-            self._bar = None
+        self._close_bar()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close_eval()
+        self._close_bar()
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

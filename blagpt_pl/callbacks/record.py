@@ -23,6 +23,7 @@ from blagpt_pl.callbacks.atomic_io import write_atomically
 from blagpt_pl.callbacks.checkpoint import Checkpoint
 from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.callbacks.summary import summary
+from blagpt_pl.callbacks.unigram import Unigram
 from blagpt_pl.callbacks.vram import PeakVRAM, peak_ram_mib
 from blagpt_pl.errors import Diverged
 from blagpt_pl.nn.base import count
@@ -76,11 +77,8 @@ class Record(L.Callback):
 
     def __init__(self, config: str) -> None:
         self.config = config
-        self.result: dict[str, Any] = {}
-        self.sources: list[Any] = []  # callbacks with `metrics` of their own to stand in the result
         self._folder: Path | None = None
         self._started = 0.0
-        self._start_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.fast_dev_run:
@@ -90,7 +88,7 @@ class Record(L.Callback):
         checkpoint["config"] = self.config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started, self._start_step = time.time(), trainer.global_step
+        self._started = time.time()
         self._status(trainer, "running")
         if self._folder is not None and trainer.is_global_zero:
             size = f"{count(pl_module.parameters()) / 1e6:,.2f} M parameters"
@@ -110,25 +108,26 @@ class Record(L.Callback):
 
     def _status(self, trainer: L.Trainer, state: str) -> None:
         if self._folder is not None and trainer.is_global_zero:
-            text = json.dumps({"state": state, "step": trainer.global_step, "pid": os.getpid()})
-            write_atomically(self._folder / "status.json", lambda file: file.write(text.encode()))
+            self._write("status.json", json.dumps({"state": state, "step": trainer.global_step, "pid": os.getpid()}))
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self._folder / name, lambda file: file.write(text.encode()))
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, state: str) -> None:
         if self._folder is None or not trainer.is_global_zero:
             return
-        self.result = self.collect(trainer, pl_module, state)
-        text = json.dumps(self.result, indent=2)
-        write_atomically(self._folder / "result.json", lambda file: file.write(text.encode()))
+        result = self.collect(trainer, pl_module, state)
+        self._write("result.json", json.dumps(result, indent=2))
         with (self._folder.parent.parent / "results.jsonl").open("a") as ledger:
-            ledger.write(json.dumps(self.result) + "\n")
+            ledger.write(json.dumps(result) + "\n")
         self._status(trainer, state)
-        print(summary(self.result))
+        print(summary(result))
 
     def collect(self, trainer: L.Trainer, pl_module: L.LightningModule, state: str) -> dict[str, Any]:
         """Everything that result.json holds."""
         logged = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        for source in self.sources:
-            logged |= source.metrics
+        if (yardstick := _find(trainer, Unigram)) is not None:
+            logged |= yardstick.metrics
         finite = {name: float(value) for name, value in logged.items() if math.isfinite(float(value))}
         metrics = {name.replace("/", "_"): _rounded(value) for name, value in finite.items()}
         metrics["val_tokens"] = int(metrics.get("val_tokens", 0))

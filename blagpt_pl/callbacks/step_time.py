@@ -45,7 +45,7 @@ class StepTime(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.tokens_per_step = batch[0].numel() * trainer.world_size
+        self.tokens_per_step = pl_module.tokens_per_step
         self._mark(pl_module.device)
         if not pl_module.log_due(trainer.global_step):
             return

@@ -49,9 +49,8 @@ class GracefulStop(L.Callback):
             if isinstance(callback, Checkpoint):
                 callback.save(trainer)
         launcher = trainer.strategy.launcher
-        spawned = (
-            launcher is not None and trainer.global_rank > 0
-        )  # its parent would kill rank 0 for a code other than 0
+        # the parent of a spawned rank kills rank 0 if that rank leaves with a code other than 0
+        spawned = launcher is not None and trainer.global_rank > 0
         raise SystemExit(0 if spawned else 128 + number)
 
     def _agree(self) -> int:

@@ -9,8 +9,6 @@ import math
 import lightning as L
 import numpy as np
 
-from blagpt_pl.callbacks.record import Record
-
 
 class Unigram(L.Callback):
     """Logs val/unigram_loss and, where byte lengths are known, val/unigram_bpb, once, when training starts.
@@ -37,8 +35,3 @@ class Unigram(L.Callback):
             self.metrics["val/unigram_bpb"] = float(nats / math.log(2) / lengths[targets].sum())
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, trainer.global_step)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for record in trainer.callbacks:
-            if isinstance(record, Record):
-                record.sources.append(self)

@@ -21,14 +21,14 @@ class Run:
         self.callback = StepTime(warmup)
         self.trainer = SimpleNamespace(max_steps=1000, global_step=0, world_size=2)
         self.module = SimpleNamespace(device=torch.device("cpu"), log_dict=self.logged.append)
+        self.module.tokens_per_step = 128
         self.module.log_due = lambda step: step % log_every == 0
         self.callback.on_train_start(self.trainer, self.module)
 
     def step(self, ms: float) -> None:
         self.now += ms / 1e3
         self.trainer.global_step += 1
-        batch = (torch.zeros(2, 4, 8), None)  # 64 tokens a rank
-        self.callback.on_train_batch_end(self.trainer, self.module, None, batch, 0)
+        self.callback.on_train_batch_end(self.trainer, self.module, None, None, 0)
 
 
 def test_warm_up_validation_and_checkpoints_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
