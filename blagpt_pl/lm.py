@@ -6,6 +6,7 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import lightning as L
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
-from blagpt_pl.nn.base import Core, Head
+from blagpt_pl.losses.next_token import IGNORE, chunked, chunked_parts, summed, total_nats
+from blagpt_pl.losses.term import LogitTerm, TrunkTerm
+from blagpt_pl.nn.base import Carry, Core, Head
 from blagpt_pl.nn.roles import roles_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
@@ -30,7 +32,7 @@ ScheduleFactory = Callable[[int], Schedule]
 
 
 class LanguageModel(L.LightningModule):
-    """Base of every architecture. A subclass sets `head`, and says `features` and `regions`.
+    """Base of every architecture. A subclass sets `head`, and says `regions`, and `trunk` and `finish` (or `features`).
 
     Args:
         vocab_size: V, rows of the embedding, padding included.
@@ -58,11 +60,12 @@ class LanguageModel(L.LightningModule):
         self.context = context
         self.seed = torch.initial_seed()
         self.ruler = Ruler()
+        self.losses = nn.ModuleList()
         self._optimizer = optimizer
         self._schedule = schedule
         self._backend = compile
         self._configured = False
-        self._chunk_loss = summed
+        self._summed = summed
         self._window = Window()
         self._grad_norm: Tensor | None = None
         self._lr: dict[str, float] = {}
@@ -70,9 +73,21 @@ class LanguageModel(L.LightningModule):
 
     # ------------------------------------------------------------------ what a subclass says
 
+    def trunk(self, tokens: Tensor) -> tuple[Tensor, Carry]:
+        """(B, T) int64 -> (B, T, D), the stream as it enters the last block, and what travels beside it."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a stream (B, T, D) comes from tokens (B, T)")
+
+    def finish(self, x: Tensor, carry: Carry, block: nn.Module | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D): the last block, or another in its place, and all that stands before the head."""
+        raise NotImplementedError(f"{type(self).__name__} must say how features come from what enters the last block")
+
+    def readout(self) -> Iterable[nn.Module]:
+        """What `finish` applies after the last block, and the head: shared by all who predict from the trunk."""
+        raise NotImplementedError(f"{type(self).__name__} must name what stands after its last block")
+
     def features(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D): everything before the head."""
-        raise NotImplementedError(f"{type(self).__name__} must say how features (B, T, D) come from tokens (B, T)")
+        return self.finish(*self.trunk(tokens))
 
     def regions(self) -> Iterable[nn.Module]:
         """The repeated pieces that are compiled and sharded one by one."""
@@ -91,9 +106,28 @@ class LanguageModel(L.LightningModule):
             tokens, targets: (B, T) int64; targets[:, t] is the token after tokens[:, t], shifted by the data stream.
 
         Returns:
-            The next-token loss in nats a token, and the auxiliary terms by name, each already weighted.
+            The scalar to differentiate, and the numbers it is the sum of: `loss`, the next-token loss in nats a token,
+            and the terms of `losses` by name, weighted.
         """
-        return chunked(self.head, self.features(tokens), targets, body=self._chunk_loss), {}
+        on_trunk = [term for term in self.losses if isinstance(term, TrunkTerm)]
+        if on_trunk:
+            x, carry = self.trunk(tokens)
+            features = self.finish(x, carry)
+        else:
+            features = self.features(tokens)
+        on_logits = [term for term in self.losses if isinstance(term, LogitTerm)]
+        body = partial(self._summed, terms=on_logits) if on_logits else self._summed
+        total, means = chunked_parts(self.head, features, targets, body=body)
+        parts = dict(zip(("loss", *(term.name for term in on_logits)), means, strict=True))
+        for term in on_trunk:
+            extra = term(self, x, carry, targets)
+            total = sum(extra.values(), total)
+            parts |= {name: value.detach() for name, value in extra.items()}
+        return total, parts
+
+    def next_token(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Mean next-token loss alone, in nats a token, chunk by chunk; differentiable."""
+        return chunked(self.head, features, targets, body=self._summed)
 
     def measure(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that count, in nats, float64."""
@@ -111,7 +145,8 @@ class LanguageModel(L.LightningModule):
         """Forward and backward, at the full context: 6 for each weight of a matrix product, and what attention reads."""
         roles = self.parameter_roles()
         products = sum(p.numel() for name, p in self.named_parameters() if roles[name] == "matrix")
-        products += sum(p.numel() for p in self.head.parameters() if p.ndim > 1)
+        passes = 1 + sum(term.head_passes for term in self.losses)
+        products += passes * sum(p.numel() for p in self.head.parameters() if p.ndim > 1)
         reading = sum(core.flops_per_token(self.context) for core in self.modules() if isinstance(core, Core))
         return 6 * products + 3 * reading
 
@@ -140,9 +175,9 @@ class LanguageModel(L.LightningModule):
         for micro in range(n):
             last = micro == n - 1
             reseed(self.seed, self.trainer.global_step, micro * ranks + rank)
-            loss, terms = self.objective(inputs[micro], targets[micro])
-            total = sum(terms.values(), loss) / n
-            for name, value in {"loss": loss, **terms}.items():
+            total, parts = self.objective(inputs[micro], targets[micro])
+            total = total / n
+            for name, value in parts.items():
                 self._window.add(name, value / n)
             if not last:
                 with without_sync(self):
@@ -238,9 +273,9 @@ class LanguageModel(L.LightningModule):
         self._configured = True
         if self._backend is not None:
             torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
-            for region in self.regions():
+            for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
                 region.compile(backend=self._backend, fullgraph=True, dynamic=False)
-            self._chunk_loss = torch.compile(summed, backend=self._backend, dynamic=False)
+            self._summed = torch.compile(summed, backend=self._backend, dynamic=False)
         if self.device_mesh is not None:
             shard(self, self.regions(), self.device_mesh)
 

@@ -9,12 +9,13 @@ Source   the idea: Wijmans et al. 2024 (Cut Cross-Entropy), arXiv:2411.09009; Hs
 Cost     logits of one chunk (chunk × V) instead of (B T) × V, and one float32 gradient of the head
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.nn.base import wide
 
 IGNORE = -100  # a target that counts nowhere
@@ -25,47 +26,47 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide(logits), targets, ignore_index=IGNORE, reduction="none")
 
 
-def full(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
+def full(head: nn.Module, features: Tensor, targets: Tensor, terms: Iterable[LogitTerm] = ()) -> Tensor:
     """The naive twin of `chunked`: all logits at once."""
-    losses = token_losses(head(features.flatten(0, -2)), targets.flatten())
-    return losses.sum() / (targets != IGNORE).sum()
+    return summed(head, features.flatten(0, -2), targets.flatten(), terms).sum() / (targets != IGNORE).sum()
 
 
-def summed(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the losses of one chunk: features (n, D), targets (n,)."""
-    return token_losses(head(features), targets).sum()
+def summed(head: nn.Module, features: Tensor, targets: Tensor, terms: Iterable[LogitTerm] = ()) -> Tensor:
+    """Sums over one chunk, features (n, D) and targets (n,): of the loss, then of each term; (1 + terms,)."""
+    logits = head(features)
+    return torch.stack([token_losses(logits, targets).sum(), *(term(logits, targets).sum() for term in terms)])
 
 
 class _Chunked(torch.autograd.Function):
-    """Value and gradients of the mean loss, made chunk by chunk in the forward pass."""
+    """Value and gradients of the mean loss, made chunk by chunk in the forward pass; and the means it is the sum of."""
 
     @staticmethod
     def forward(
         ctx, body: Callable, head: nn.Module, features: Tensor, targets: Tensor, chunk: int, *parameters: Tensor
     ):
         n = (targets != IGNORE).sum()
-        total = torch.zeros(
-            (), dtype=torch.float64 if features.dtype == torch.float64 else torch.float32, device=n.device
-        )
+        parts = torch.zeros((), dtype=torch.promote_types(features.dtype, torch.float32), device=n.device)
         grad_features = torch.empty_like(features)
         grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         for start in range(0, len(targets), chunk):
             piece = slice(start, start + chunk)
             x = features[piece].detach().requires_grad_()
             with torch.enable_grad():
-                loss = body(head, x, targets[piece])
-            gx, *gp = torch.autograd.grad(loss, [x, *parameters])
-            total += loss.detach()
+                sums = body(head, x, targets[piece])
+                gx, *gp = torch.autograd.grad(sums.sum(), [x, *parameters])
+            parts = parts + sums.detach()
             grad_features[piece] = gx
             if grads:  # a frozen head has none
                 torch._foreach_add_(grads, gp)
         torch._foreach_div_([grad_features, *grads], n)
         ctx.save_for_backward(grad_features, *grads)
         ctx.dtypes = [p.dtype for p in parameters]
-        return total / n
+        parts = parts / n
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(), parts
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         if torch.is_grad_enabled():  # create_graph=True: what was stored would count as constant, silently
             raise RuntimeError("losses.next_token.chunked: has no second derivative; fix: use losses.next_token.full")
         features, *grads = ctx.saved_tensors
@@ -81,10 +82,21 @@ def chunked(head: nn.Module, features: Tensor, targets: Tensor, chunk: int = 819
         features: (..., D), everything before the head.
         targets: (...) int64, already shifted; `IGNORE` counts nowhere.
         chunk: tokens a chunk.
-        body: the loss of one chunk, `summed` or its compiled form.
+        body: the sums of one chunk, `summed` or its compiled form.
 
     Returns:
         A scalar; its gradients equal those of `full`.
+    """
+    return chunked_parts(head, features, targets, chunk, body)[0]
+
+
+def chunked_parts(
+    head: nn.Module, features: Tensor, targets: Tensor, chunk: int = 8192, body: Callable = summed
+) -> tuple[Tensor, Tensor]:
+    """As `chunked`, where `body` also sums terms of the logits.
+
+    Returns:
+        The sum of all means, to be minimised; and each mean, the next-token loss first, which no gradient flows through.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     return _Chunked.apply(body, head, features.flatten(0, -2), targets.flatten(), chunk, *parameters)

@@ -1,7 +1,7 @@
 """BlaGPT: the decoder-only transformer whose every part is a socket.
 
 Source   Radford et al. 2019 (GPT-2) for the frame; what it is made of is said in its configuration
-Formula  x = E[tokens] (+ positions);  x ← block_l(x) for each l;  features = norm(x)
+Formula  x = E[tokens] (+ positions);  x ← block_l(x) for each l;  features = norm(x) (+ E_b[tokens])
 Cost     that of its parts
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
+from blagpt_pl.losses.term import LossTermFactory
 from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
 from blagpt_pl.nn.block import Block
 
@@ -31,6 +32,8 @@ class BlaGPT(LanguageModel):
         optimizer: builds the optimizer from parameter groups.
         schedule: builds the schedule from the number of steps of the run.
         positions: added to the token embeddings; none by default.
+        losses: what training minimises beside the next-token loss; nothing by default.
+        token_bias: whether a second embedding of the input token is added to the features, before the head.
         dropout: probability of dropping an element of the embeddings in training.
         compile: backend of torch.compile for the blocks and the loss, or None to run eagerly.
     """
@@ -48,6 +51,8 @@ class BlaGPT(LanguageModel):
         optimizer: OptimizerFactory,
         schedule: ScheduleFactory,
         positions: PositionsFactory | None = None,
+        losses: list[LossTermFactory] | None = None,
+        token_bias: bool = False,
         dropout: float = 0.0,
         compile: str | None = None,
     ) -> None:
@@ -61,13 +66,15 @@ class BlaGPT(LanguageModel):
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self.blocks = nn.ModuleList(built("model.block", block, site) for site in sites)
         self.norm = built("model.norm", norm, d_model)
+        self.token_bias = nn.Embedding(vocab_size, d_model) if token_bias else None
         self.head = built("model.head", head, sites[0], self.embedding)
+        self.losses.extend(built(f"model.losses[{i}]", loss, sites[-1], block) for i, loss in enumerate(losses or []))
         init(self, sites[0])
 
     def regions(self) -> Iterable[nn.Module]:
         return self.blocks
 
-    def features(self, tokens: Tensor) -> Tensor:
+    def trunk(self, tokens: Tensor) -> tuple[Tensor, Carry]:
         if tokens.shape[1] > self.context:
             raise ValueError(
                 f"tokens: {tokens.shape[1]} a sequence (context {self.context}); fix: data.context or shorter input"
@@ -77,6 +84,14 @@ class BlaGPT(LanguageModel):
             x = x + self.positions(tokens)
         x = self.drop(x)
         carry = Carry(tokens, x)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, carry)
-        return self.norm(x)
+        return x, carry
+
+    def finish(self, x: Tensor, carry: Carry, block: nn.Module | None = None) -> Tensor:
+        last = self.blocks[-1] if block is None else block
+        x = self.norm(last(x, carry))
+        return x if self.token_bias is None else x + self.token_bias(carry.tokens)
+
+    def readout(self) -> Iterable[nn.Module]:
+        return [m for m in (self.norm, self.token_bias, self.head) if m is not None]

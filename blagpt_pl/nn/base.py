@@ -89,7 +89,10 @@ class HeadEdit(nn.Module):
 
 
 class Core(nn.Module):
-    """How queries read: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), causally."""
+    """How queries read: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), causally.
+
+    Some attentions have values of another width than keys; what is returned then has the values' width.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must return (B, H, T, K)")
@@ -125,8 +128,21 @@ class Init:
         raise NotImplementedError(f"{type(self).__name__} must initialise the model's parameters in place")
 
 
-class OutputLinear(nn.Linear):
-    """A linear map that writes into the residual stream; an `Init` treats these by their kind, not by their name."""
+class WritesStream:
+    """What maps into the residual stream; an `Init` treats these by their kind, not by their name."""
+
+    def start_output(self, std: float) -> None:
+        """Start the map at N(0, std²), or its own equivalent of it; at 0 where std is 0, so that its output is zero."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a map into the stream starts")
+
+
+class OutputLinear(nn.Linear, WritesStream):
+    """A linear map that writes into the residual stream."""
+
+    def start_output(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 NormFactory = Callable[[int], Norm]

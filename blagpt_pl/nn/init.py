@@ -9,7 +9,7 @@ Differs   parameters that are neither a linear map nor an embedding keep the sta
 
 from torch import nn
 
-from blagpt_pl.nn.base import Init, OutputLinear, Site
+from blagpt_pl.nn.base import Init, Site, WritesStream
 
 
 class GPT2Init(Init):
@@ -27,7 +27,9 @@ class GPT2Init(Init):
     def __call__(self, model: nn.Module, site: Site) -> None:
         outputs_std = 0.0 if self.zero_outputs else self.std / (2 * site.n_layers) ** 0.5
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=outputs_std if isinstance(module, OutputLinear) else self.std)
+            if isinstance(module, WritesStream):
+                module.start_output(outputs_std)
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)

@@ -6,6 +6,8 @@ Formula  [q k v] = W_qkv x (+ b);  (q, k, v) ← edit(q, k, v) in the order writ
 Cost     D (H + 2 G) K + H K D weights
 """
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from blagpt_pl.nn.base import Carry, CoreFactory, HeadEditFactory, Heads, OutputLinear, SequenceMixer, Site, built
@@ -36,7 +38,35 @@ def heads_of(site: Site, n_heads: int, n_kv_heads: int | None, head_dim: int | N
     return Heads(site, n_heads, n_kv, head_dim)
 
 
-class Attention(SequenceMixer):
+class HeadPipeline(SequenceMixer, ABC):
+    """project → edits → core → out, whatever the projections are made of: a subclass says `project` and sets `out`.
+
+    Args:
+        heads: the head counts.
+        core: how the queries read.
+        edits: edits of the heads, applied in the order written.
+    """
+
+    out: nn.Module
+
+    def __init__(self, heads: Heads, core: CoreFactory, edits: list[HeadEditFactory] | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.edits = nn.ModuleList(built(f"attention.edits[{i}]", edit, heads) for i, edit in enumerate(edits or []))
+        self.core = built("attention.core", core, heads)
+
+    @abstractmethod
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> q (B, H, T, K), k and v (B, G, T, K)."""
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        q, k, v = self.project(x)
+        for edit in self.edits:
+            q, k, v = edit(q, k, v, carry)
+        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
+
+
+class Attention(HeadPipeline):
     """Multi-head attention; grouped (1 < G < H), multi-query (G = 1) or plain (G = H).
 
     The projection is one matrix of (H + 2 G) K rows: all queries, then all keys, then all values.
@@ -63,19 +93,12 @@ class Attention(SequenceMixer):
         qkv_bias: bool = False,
         out_bias: bool = False,
     ) -> None:
-        super().__init__()
-        self.heads = heads = heads_of(site, n_heads, n_kv_heads, head_dim)
+        heads = heads_of(site, n_heads, n_kv_heads, head_dim)
+        super().__init__(heads, core, edits)
         self.qkv = nn.Linear(site.d_model, (heads.n + 2 * heads.n_kv) * heads.dim, qkv_bias)
-        self.edits = nn.ModuleList(built(f"attention.edits[{i}]", edit, heads) for i, edit in enumerate(edits or []))
-        self.core = built("attention.core", core, heads)
         self.out = OutputLinear(heads.n * heads.dim, site.d_model, out_bias)
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
-        batch, length, _ = x.shape
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.heads
-        qkv = self.qkv(x).view(batch, length, h.n + 2 * h.n_kv, h.dim).transpose(1, 2)  # (B, H + 2 G, T, K)
-        q, k, v = qkv.split([h.n, h.n_kv, h.n_kv], dim=1)  # (B, H, T, K), (B, G, T, K) twice
-        for edit in self.edits:
-            q, k, v = edit(q, k, v, carry)
-        y = self.core(q, k, v)  # (B, H, T, K)
-        return self.out(y.transpose(1, 2).reshape(batch, length, h.n * h.dim))
+        qkv = self.qkv(x).unflatten(-1, (-1, h.dim)).transpose(1, 2)  # (B, H + 2 G, T, K)
+        return qkv.split([h.n, h.n_kv, h.n_kv], dim=1)
