@@ -4,12 +4,15 @@ A layer is a mapping. Its keys may be dotted (`model.block.attention.edits+`), r
 without naming them:
 
     a.b.c: value        set, merging mappings
-    a.b.c+: value       append to a list
+    a.b.c+: value       append to a list: an element, or a list of them
+    a.b.+c: value       prepend to a list, the order kept
+    a.b.c-: RoPE        remove from a list the element that is a RoPE; an index works too, and a list of either
     a.b[RoPE].theta: v  the element of a list that is a RoPE; an index works too
 
 A part is a class name, or a mapping with `class_path` (and `init_args`, which may be left out). Naming another class
 replaces the part with all its values; naming the same class, or only some of its values, keeps the others. jsonargparse
 instead keeps every value that the new class happens to accept, which is why the layers are merged here before it sees them.
+What a layer would undo of an earlier one by the way is refused (`lab/undone.py`).
 Two names are the same class if they are equal, or if one of them is bare and the other is that name in the house, in torch
 or in Lightning: `AdamW` over `torch.optim.AdamW` keeps its values, `RMSNorm` over `my_ideas.RMSNorm` replaces it.
 """
@@ -21,27 +24,13 @@ from dataclasses import dataclass, field
 import yaml
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.places import PART_KEYS, Place, places_in, same_place, split
+from blagpt_pl.lab.places import PART_KEYS, Place, class_name, operation, places_in, same_class, same_place, split
 from blagpt_pl.lab.strict_yaml import compose_text, load_mapping, load_text, read_file
+from blagpt_pl.lab.undone import COMMAND_LINE, Watch
 
-LIBRARIES = ("blagpt_pl.", "torch.", "lightning.")  # a bare class name may mean one of theirs
 PLAIN_TEXT = ("name", "logs", "ckpt_path")  # flags whose value is text, also where it looks like a number
 _MARK = yaml.Mark("", 0, 0, 0, None, None)
-_SEGMENT = re.compile(r"^([\w-]+)((?:\[[\w.-]+\])*)$")
-
-
-def class_name(part: object) -> str | None:
-    """The bare class name of a part, or None if it is not one."""
-    path = part.get("class_path") if isinstance(part, dict) else part
-    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
-
-
-def same_class(one: object, other: object) -> bool:
-    """Whether two class names mean the same class, as the module says."""
-    if one == other or not isinstance(one, str) or not isinstance(other, str):
-        return one == other
-    bare, full = sorted((one, other), key=len)
-    return "." not in bare and full.startswith(LIBRARIES) and full.endswith("." + bare)
+_SEGMENT = re.compile(r"^([\w-]*\w)((?:\[[\w.-]+\])*)$")
 
 
 def merge(old: object, new: object) -> object:
@@ -72,25 +61,31 @@ def _select(parent: dict, name: str, selectors: str, key: str) -> tuple[list | d
         items = container[place] if isinstance(container, list) else container.get(place)
         if not isinstance(items, list):
             raise ConfigError(f"{key}: {name} is not a list, so [{wanted}] selects nothing")
-        paths = [item.get("class_path") if isinstance(item, dict) else item for item in items]
-        matches = [i for i, item in enumerate(items) if wanted in (str(i), paths[i], class_name(item))]
-        if len(matches) != 1:
-            found = ", ".join(str(class_name(item)) for item in items) or "nothing"
-            hint = f"; fix: an index, such as [{matches[0]}]" if matches else ""
-            raise ConfigError(f"{key}: {len(matches) or 'no'} elements match [{wanted}] (the list holds {found}){hint}")
+        index = _index(items, wanted, f"[{wanted}]", key)
         container[place] = list(items)
-        container, place = container[place], matches[0]
+        container, place = container[place], index
     return container, place
 
 
+def _index(items: list, wanted: str, shown: str, key: str) -> int:
+    """The place of the one element that is of a class, or stands at an index."""
+    paths = [item.get("class_path") if isinstance(item, dict) else item for item in items]
+    matches = [i for i, item in enumerate(items) if wanted in (str(i), paths[i], class_name(item))]
+    if len(matches) != 1:
+        found = ", ".join(str(class_name(item) or item) for item in items) or "nothing"
+        hint = f"; fix: an index, such as {shown.replace(wanted, str(matches[0]))}" if matches else ""
+        raise ConfigError(f"{key}: {len(matches) or 'no'} elements match {shown} (the list holds {found}){hint}")
+    return matches[0]
+
+
 def put(tree: dict, key: str, value: object) -> None:
-    """Set a dotted key in a tree; a trailing `+` appends. Only `tree` itself is changed in place, nothing below it.
+    """Do in a tree what a dotted key says. Only `tree` itself is changed in place, nothing below it.
 
     Raises:
         ConfigError: the key cannot be followed.
     """
     key = str(key)
-    segments = split(key.removesuffix("+"))
+    segments, change = operation(key)
     if len(segments) > 1 and segments[-1] == "class_path":  # a part is named: its values go with its class
         segments, value = segments[:-1], {"class_path": value}
     node = tree
@@ -107,19 +102,36 @@ def put(tree: dict, key: str, value: object) -> None:
         container, place = _select(node, name, selectors, key)
         old = container[place] if isinstance(container, list) else container.get(place)
         if i == len(segments) - 1:
-            container[place] = _appended(old, value, key) if key.endswith("+") else merge(old, value)
+            container[place] = _changed(old, value, change, key) if change else merge(old, value)
         elif isinstance(old, dict | str | None):
             container[place] = node = {"class_path": old} if isinstance(old, str) else dict(old or {})
         else:
             raise ConfigError(f"{key}: {'.'.join(segments[: i + 1])} holds {old!r}, which has no {segments[i + 1]!r}")
 
 
-def _appended(old: object, value: object, key: str) -> list:
+def _changed(old: object, value: object, change: str, key: str) -> list:
+    """A list with elements appended, prepended or removed."""
     if old is not None and not isinstance(old, list):
-        raise ConfigError(f"{key}: holds {old!r}, not a list, so nothing can be appended")
+        raise ConfigError(f"{key}: holds {class_name(old) or old!r}, not a list, so nothing can be {change}")
     if value is None:
-        raise ConfigError(f"{key}: null, so there is nothing to append (expected an element, or a list of them)")
-    return [*(old or []), *merge(None, value if isinstance(value, list) else [value])]
+        raise ConfigError(f"{key}: null, so there is nothing to be {change} (expected an element, or a list of them)")
+    items, values = old or [], value if isinstance(value, list) else [value]
+    if change == "removed":
+        return _without(items, values, key)
+    made = merge(None, values)
+    return [*items, *made] if change == "appended" else [*made, *items]
+
+
+def _without(items: list, values: list, key: str) -> list:
+    gone: set[int] = set()
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ConfigError(f"{key}: {value!r} (expected the class of an element, its index, or a list of these)")
+        index = _index(items, str(value), str(value), key)
+        if index in gone:
+            raise ConfigError(f"{key}: {value} is removed already")
+        gone.add(index)
+    return [item for i, item in enumerate(items) if i not in gone]
 
 
 def flag_value(text: str, flag: str) -> object:
@@ -142,11 +154,15 @@ class Layers:
         tree: all layers merged.
         rest: flags passed on.
         places: (path, `FILE:LINE` or `on the command line`) of everything that is said, in order.
+        files: how many files have been merged; the first is the base.
+        watch: sees to it that no layer is silently undone.
     """
 
     tree: dict = field(default_factory=dict)
     rest: list[str] = field(default_factory=list)
     places: list[tuple[Place, str]] = field(default_factory=list)
+    files: int = 0
+    watch: Watch = field(default_factory=Watch)
 
     def where(self, path: str) -> str:
         """` (in FILE:LINE)` of the last layer that speaks of a path, else of what is below or above it; or nothing."""
@@ -169,26 +185,33 @@ class Layers:
             try:
                 if key in PART_KEYS:
                     raise ConfigError(f"{key}: stands at the top (expected inside a part, such as model)")
-                put(self.tree, key, value)
+                self._put(key, value, path)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
+        self.files += 1
         self.places += [(place, f"in {path}:{line}") for place, line in places_in(compose_text(text, path))]
+
+    def _put(self, key: object, value: object, source: str) -> None:
+        before = dict(self.tree)
+        put(self.tree, key, value)
+        self.watch.see(key, value, before, self.tree, source, is_base=source != COMMAND_LINE and not self.files)
 
     def add_flag(self, flag: str, text: str) -> None:
         """Merge a flag over the tree."""
         value = flag_value(text, flag)
-        put(self.tree, flag, value)
+        self._put(flag, value, COMMAND_LINE)
         node = yaml.MappingNode("", [(yaml.ScalarNode("", flag, _MARK), yaml.ScalarNode("", text, _MARK))])
         if isinstance(value, dict | list):
             node.value[0] = (node.value[0][0], compose_text(text, f"--{flag}"))
-        self.places += [(place, "on the command line") for place, _ in places_in(node)]
+        self.places += [(place, COMMAND_LINE) for place, _ in places_in(node)]
 
 
 def from_arguments(argv: Iterable[str], passed_on: Iterable[str] = ()) -> Layers:
     """Merge the layers that a command line names, left to right.
 
     Args:
-        argv: what stands after the command: `--config FILE`, `--a.b value`, `--a.b=value`, `--a.b+=value`.
+        argv: what stands after the command: `--config FILE`, `--a.b value`, `--a.b=value`, `--a.b+=value`,
+            `--a.+b=value`, `--a.b-=Class`.
         passed_on: flags that are not layers.
 
     Raises:

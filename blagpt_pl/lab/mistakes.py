@@ -7,6 +7,7 @@ the kind of its socket, each option against what its class takes. Whatever canno
 import collections.abc
 import datetime
 import difflib
+import functools
 import importlib
 import inspect
 import pathlib
@@ -49,6 +50,7 @@ class Mistake:
     at: str = ""
 
 
+@functools.cache
 def options(cls: type, told: int = 0) -> dict[str, ParamData]:
     """What a class can be told in a configuration, after its first arguments, which it is told when it is built."""
     return {p.name: p for p in get_signature_parameters(cls, None)[told:]}

@@ -1,18 +1,45 @@
-"""Which line of a configuration speaks of what, so that an error can name it."""
+"""The words of a configuration: class names, dotted keys, and which line speaks of what, so that an error can name it."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 import yaml
 
+LIBRARIES = ("blagpt_pl.", "torch.", "lightning.")  # a bare class name may mean one of theirs
 PART_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 Place = tuple[str, ...]
 
 
+def class_name(part: object) -> str | None:
+    """The bare class name of a part, or None if it is not one."""
+    path = part.get("class_path") if isinstance(part, dict) else part
+    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
+
+
+def same_class(one: object, other: object) -> bool:
+    """Whether two class names mean the same class, as `lab/layers.py` says."""
+    if one == other or not isinstance(one, str) or not isinstance(other, str):
+        return one == other
+    bare, full = sorted((one, other), key=len)
+    return "." not in bare and full.startswith(LIBRARIES) and full.endswith("." + bare)
+
+
 def split(key: str) -> list[str]:
     """The segments of a dotted key; a selector may hold dots."""
     return re.split(r"\.(?![^\[]*\])", key)
+
+
+def operation(key: str) -> tuple[list[str], str]:
+    """The segments of a dotted key, and what it says is to be done to the list there; nothing for a plain key."""
+    if key.endswith("+"):
+        return split(key[:-1]), "appended"
+    if key.endswith("-"):
+        return split(key[:-1]), "removed"
+    segments = split(key)
+    if segments[-1].startswith("+"):
+        return [*segments[:-1], segments[-1][1:]], "prepended"
+    return segments, ""
 
 
 def _in_list(nodes: Iterable[yaml.Node], path: Place) -> Iterator[tuple[Place, int]]:
@@ -35,10 +62,14 @@ def places_in(node: yaml.Node | None, path: Place = ()) -> Iterator[tuple[Place,
             for merged in items:
                 yield from places_in(merged, path)
             continue
-        below = (*path, *(segment for segment in split(key.value.removesuffix("+")) if segment not in PART_KEYS))
+        segments, change = operation(key.value)
+        below = (*path, *(segment for segment in segments if segment not in PART_KEYS))
         if key.value != "init_args":
             yield below, key.start_mark.line + 1
-        yield from _in_list(items, below) if key.value.endswith("+") else places_in(value, below)
+        if change in ("appended", "prepended"):
+            yield from _in_list(items, below)
+        elif not change:
+            yield from places_in(value, below)
 
 
 def same_place(one: Place, other: Place, loosely: bool) -> bool:

@@ -93,7 +93,7 @@ MISTAKES = [
     ("trainer.strategy: {class_path: DDPStrategy, foo: 1}", "trainer.strategy.foo: DDPStrategy has no such option"),
     # an unknown class, a class that does not fit, a module that cannot be imported
     ("model: BlaGTP", "model: 'BlaGTP' is not a known class; did you mean BlaGPT?"),
-    (f"{ATTENTION}: Atention", f"{ATTENTION}: 'Atention' is not a known class; did you mean Attention?"),
+    (f"{ATTENTION}: Atention", f"{ATTENTION}: 'Atention' is not a known class; did you mean Attention"),
     (f"{ATTENTION}.edits+: Xyzzy", f"{ATTENTION}.edits[Xyzzy]: 'Xyzzy' is not a known class; parts that fit: "),
     ("data.source: ShardFile", "data.source: 'ShardFile' is not a known class; did you mean ShardFiles?"),
     ("trainer.callbacks: [Xyzzy]", "trainer.callbacks[Xyzzy]: 'Xyzzy' is not a known class"),

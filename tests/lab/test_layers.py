@@ -170,6 +170,47 @@ def test_append() -> None:
     assert changed(None, "p.losses+", "Z") == {"losses": ["Z"]}
 
 
+def test_prepend() -> None:
+    assert changed(EDITS, "p.+edits", "K")["init_args"]["edits"] == ["K", *EDITS["init_args"]["edits"]]
+    assert changed(EDITS, "p.+edits", ["K", {"class_path": "L", "x": 1}])["init_args"]["edits"][:2] == [
+        "K", {"class_path": "L", "init_args": {"x": 1}},
+    ]  # fmt: skip
+    assert merge(EDITS, {"+edits": "K"}) == changed(EDITS, "p.+edits", "K")
+    assert merge(EDITS, {"class_path": "Attention", "init_args": {"+edits": "K"}}) == changed(EDITS, "p.+edits", "K")
+    assert changed(None, "p.+losses", "Z") == {"losses": ["Z"]}
+    assert changed({"l": [[1], [2]]}, "p.+l[1]", 0) == {"l": [[1], [0, 2]]}
+
+
+def test_remove() -> None:
+    qk_norm, rope = EDITS["init_args"]["edits"]
+    for name in ("RoPE", 1, ["RoPE"], "1"):
+        assert changed(EDITS, "p.edits-", name)["init_args"]["edits"] == [qk_norm]
+    assert changed(EDITS, "p.edits-", "QKNorm")["init_args"]["edits"] == [rope]
+    assert changed(EDITS, "p.edits-", [0, "RoPE"])["init_args"]["edits"] == [], (
+        "indices are those of the list as it was"
+    )
+    assert changed(EDITS, "p.edits-", [])["init_args"]["edits"] == [qk_norm, rope]
+    assert merge(EDITS, {"edits-": "RoPE"}) == changed(EDITS, "p.edits-", "RoPE")
+    assert changed(["m.A", "n.A"], "p-", "m.A") == ["n.A"]
+    assert changed(["A", "A", "A"], "p-", [0, 2]) == ["A"]
+
+
+elements = st.lists(st.sampled_from("ABCDEF").map(lambda c: "P" + c), unique=True, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(elements, elements, elements)
+def test_what_is_added_can_be_removed(old: list[str], front: list[str], back: list[str]) -> None:
+    named = [f"{name}{i}" for i, names in enumerate((front, old, back)) for name in names]
+    front, old, back = ([f"{name}{i}" for name in names] for i, names in enumerate((front, old, back)))
+    tree = {"l": old}
+    put(tree, "+l", front)
+    put(tree, "l+", back)
+    assert tree["l"] == named
+    put(tree, "l-", [*back, *front])
+    assert tree["l"] == old
+
+
 def test_select() -> None:
     rope = {"class_path": "RoPE", "init_args": {"theta": 5}}
     for key in ("p.edits[RoPE].theta", "p.edits[1].theta", "p.edits[1].init_args.theta"):
@@ -192,8 +233,23 @@ def test_select() -> None:
         ("p.none[0]", 1, "none is not a list"),
         ("p.n.x", 1, "p.n holds 3, which has no 'x'"),
         ("p.n+", 1, "holds 3, not a list"),
-        ("p.edits+", None, "nothing to append"),
+        ("p.edits+", None, "nothing to be appended"),
         ("p.edits++", 1, "cannot be read as a path"),
+        ("p.+edits+", 1, "cannot be read as a path"),
+        ("p.+edits-", 1, "cannot be read as a path"),
+        ("p.edits--", 1, "cannot be read as a path"),
+        ("+p.edits", 1, "cannot be read as a path"),
+        ("p.+", 1, "cannot be read as a path"),
+        ("p.+n", 1, "holds 3, not a list, so nothing can be prepended"),
+        ("p.+edits", None, "nothing to be prepended"),
+        ("p.n-", "RoPE", "holds 3, not a list, so nothing can be removed"),
+        ("p.edits-", None, "nothing to be removed"),
+        ("p.edits-", "Nope", r"^p.edits-: no elements match Nope \(the list holds QKNorm, RoPE\)$"),
+        ("p.edits-", 2, r"no elements match 2 \(the list holds QKNorm, RoPE\)"),
+        ("p.none-", "RoPE", r"no elements match RoPE \(the list holds nothing\)"),
+        ("p.edits-", ["RoPE", 1], "1 is removed already"),
+        ("p.edits-", {"class_path": "RoPE"}, "expected the class of an element, its index"),
+        ("p.edits-", True, "expected the class of an element, its index"),
         ("p..x", 1, "cannot be read as a path"),
         ("", 1, "cannot be read as a path"),
         ("p.a b", 1, "cannot be read as a path"),
@@ -209,6 +265,8 @@ def test_keys_that_lead_nowhere(key: str, value: object, words: str) -> None:
 def test_one_of_two_of_a_class_needs_an_index() -> None:
     with pytest.raises(ConfigError, match=r"2 elements match \[A\].*fix: an index, such as \[0\]"):
         changed(["A", "A"], "p[A].x", 1)
+    with pytest.raises(ConfigError, match=r"p-: 2 elements match A \(the list holds A, A\); fix: an index, such as 0$"):
+        changed(["A", "A"], "p-", "A")
 
 
 # ---------------------------------------------------------------------- flags
@@ -245,6 +303,8 @@ def test_names_are_text() -> None:
 def test_flags() -> None:
     argv = ["--a.b=1", "--a.c", "-2", "--a.l+=x", "--a.l+", "y", "--a.t=p=q", "--a.e=", "--a.b", "3"]
     assert from_arguments(argv).tree == {"a": {"b": 3, "c": -2, "l": ["x", "y"], "t": "p=q", "e": ""}}
+    argv = ["--a.l+=[x, y]", "--a.+l", "w", "--a.+l=[u, v]", "--a.l-", "y", "--a.l-=0"]
+    assert from_arguments(argv).tree == {"a": {"l": ["v", "w", "x"]}}
 
 
 @pytest.mark.parametrize(
@@ -291,6 +351,16 @@ def test_files_and_flags_in_order(tmp_path: Path) -> None:
     assert from_arguments(["--a=3", "--config", first]).tree == {"a": 1, "b": 1}
 
 
+def test_prepend_append_and_remove_in_one_file(tmp_path: Path) -> None:
+    over = "m.+edits: [A, B]\nm.edits-: R\nm.edits+: Z"
+    argv = files(tmp_path, "m: {class_path: A, init_args: {edits: [Q, R]}}", over)
+    assert from_arguments(argv).tree["m"]["init_args"]["edits"] == ["A", "B", "Q", "Z"]
+    with pytest.raises(ConfigError, match=r"0\.yaml:2:1: key 'm\.\+l' is written twice"):
+        from_arguments(files(tmp_path, "m.+l: A\nm.+l: B"))
+    with pytest.raises(ConfigError, match=r"1\.yaml: m\.l-: no elements match B \(the list holds A\)"):
+        from_arguments(files(tmp_path, "m.l: [A]", "m.l-: B"))
+
+
 def test_an_alias_is_a_copy(tmp_path: Path) -> None:
     text = "x: &x {l: [{class_path: A}], n: {k: 1}}\ny: *x\ny.l[A].v: 1\ny.n.k: 2\ny.l+: B"
     assert from_arguments(files(tmp_path, text)).tree["x"] == {"l": [{"class_path": "A"}], "n": {"k": 1}}
@@ -327,7 +397,17 @@ model:
     other: {<<: *n}
 t: {max: 1}
 """
-    over = "t.max: 2\nmodel.block.edits+: K\nmodel.block.edits[RoPE].theta: 3\nmodel:\n  d: 4"
+    over = """\
+t.max: 2
+model.block.edits+: K
+model.block.edits[RoPE].theta: 3
+model:
+  d: 4
+  block.+edits:
+  - P
+  - {class_path: S, init_args: {v: 1}}
+model.block.edits-: Q
+"""
     return from_arguments(
         [*files(tmp_path, base, over), "--t.min", "3", "--model.block.edits+={class_path: Z, init_args: {w: 1}}"]
     )
@@ -338,7 +418,8 @@ t: {max: 1}
     [
         ("t.max", "1.yaml:1"), ("t.min", "on the command line"), ("model", "1.yaml:4"), ("model.d", "1.yaml:5"),
         ("model.norm", "0.yaml:4"), ("model.block", "0.yaml:6"), ("model.block.norm", "0.yaml:8"), ("model.block.norm.eps", "0.yaml:8"),
-        ("model.block.edits[Q].norm", "0.yaml:10"), ("model.block.edits[K]", "1.yaml:2"), ("model.block.edits[RoPE].theta", "1.yaml:3"),
+        ("model.block.edits[Q].norm", "0.yaml:10"), ("model.block.edits[P].x", "1.yaml:7"), ("model.block.edits[S].v", "1.yaml:8"), ("model.block.edits[S].w", "1.yaml:8"),
+        ("model.block.edits[Q]", "0.yaml:10"), ("model.block.edits[K]", "1.yaml:2"), ("model.block.edits[RoPE].theta", "1.yaml:3"),
         ("model.block.edits[1].theta", "1.yaml:3"), ("model.block.edits[Z].w", "on the command line"), ("model.block.edits[Z]", "on the command line"),
         ("model.block.norm.missing", "0.yaml:8"), ("model.block.missing", "0.yaml:6"),
     ],
