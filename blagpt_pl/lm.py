@@ -6,6 +6,7 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -112,7 +113,7 @@ class LanguageModel(L.LightningModule):
         on_trunk = [term for term in self.losses if isinstance(term, TrunkTerm)]
         if on_trunk:
             x, carry = self.trunk(tokens)
-            features = self.finish(x, carry)
+            features = self.finish(x, replace(carry, memo=dict(carry.memo)))  # the terms get the memo as it is here
         else:
             features = self.features(tokens)
         on_logits = [term for term in self.losses if isinstance(term, LogitTerm)]
@@ -120,9 +121,9 @@ class LanguageModel(L.LightningModule):
         total, means = chunked_parts(self.head, features, targets, body=body)
         parts = dict(zip(("loss", *(term.name for term in on_logits)), means, strict=True))
         for term in on_trunk:
-            extra = term(self, x, carry, targets)
-            total = sum(extra.values(), total)
-            parts |= {name: value.detach() for name, value in extra.items()}
+            extra, numbers = term(self, x, carry, targets)
+            total = total + extra
+            parts |= numbers
         return total, parts
 
     def next_token(self, features: Tensor, targets: Tensor) -> Tensor:

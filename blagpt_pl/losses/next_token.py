@@ -9,12 +9,14 @@ Source   the idea: Wijmans et al. 2024 (Cut Cross-Entropy), arXiv:2411.09009; Hs
 Cost     logits of one chunk (chunk × V) instead of (B T) × V, and one float32 gradient of the head
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blagpt_pl.losses.stored import stored, unkept
 from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.nn.base import wide
 
@@ -33,45 +35,30 @@ def full(head: nn.Module, features: Tensor, targets: Tensor, terms: Iterable[Log
 
 def summed(head: nn.Module, features: Tensor, targets: Tensor, terms: Iterable[LogitTerm] = ()) -> Tensor:
     """Sums over one chunk, features (n, D) and targets (n,): of the loss, then of each term; (1 + terms,)."""
-    logits = head(features)
+    logits = wide(head(features))  # once for all
     return torch.stack([token_losses(logits, targets).sum(), *(term(logits, targets).sum() for term in terms)])
 
 
-class _Chunked(torch.autograd.Function):
-    """Value and gradients of the mean loss, made chunk by chunk in the forward pass; and the means it is the sum of."""
-
-    @staticmethod
-    def forward(
-        ctx, body: Callable, head: nn.Module, features: Tensor, targets: Tensor, chunk: int, *parameters: Tensor
-    ):
-        n = (targets != IGNORE).sum()
-        parts = torch.zeros((), dtype=torch.promote_types(features.dtype, torch.float32), device=n.device)
-        grad_features = torch.empty_like(features)
-        grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        for start in range(0, len(targets), chunk):
-            piece = slice(start, start + chunk)
-            x = features[piece].detach().requires_grad_()
-            with torch.enable_grad():
-                sums = body(head, x, targets[piece])
-                gx, *gp = torch.autograd.grad(sums.sum(), [x, *parameters])
-            parts = parts + sums.detach()
-            grad_features[piece] = gx
-            if grads:  # a frozen head has none
-                torch._foreach_add_(grads, gp)
-        torch._foreach_div_([grad_features, *grads], n)
-        ctx.save_for_backward(grad_features, *grads)
-        ctx.dtypes = [p.dtype for p in parameters]
-        parts = parts / n
-        ctx.mark_non_differentiable(parts)
-        return parts.sum(), parts
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):
-        if torch.is_grad_enabled():  # create_graph=True: what was stored would count as constant, silently
-            raise RuntimeError("losses.next_token.chunked: has no second derivative; fix: use losses.next_token.full")
-        features, *grads = ctx.saved_tensors
-        grads = [(g * grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, features * grad, None, None, *grads
+def _by_chunk(
+    head: nn.Module, features: Tensor, targets: Tensor, chunk: int, body: Callable, parameters: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The means of what `body` sums, and the gradients of their sum by the features and by the head's parameters."""
+    n = (targets != IGNORE).sum()
+    parts = torch.zeros((), dtype=torch.promote_types(features.dtype, torch.float32), device=n.device)
+    grad_features = torch.empty_like(features)
+    grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    for start in range(0, len(targets), chunk):
+        piece = slice(start, start + chunk)
+        x = features[piece].detach().requires_grad_()
+        with torch.enable_grad():
+            sums = body(head, unkept(x), targets[piece])
+            gx, *gp = torch.autograd.grad(sums.sum(), [x, *parameters])
+        parts = parts + sums.detach()
+        grad_features[piece] = gx
+        if grads:  # a frozen head has none
+            torch._foreach_add_(grads, gp)
+    torch._foreach_div_([grad_features, *grads], n)
+    return parts / n, [grad_features, *grads]
 
 
 def chunked(head: nn.Module, features: Tensor, targets: Tensor, chunk: int = 8192, body: Callable = summed) -> Tensor:
@@ -99,7 +86,9 @@ def chunked_parts(
         The sum of all means, to be minimised; and each mean, the next-token loss first, which no gradient flows through.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return _Chunked.apply(body, head, features.flatten(0, -2), targets.flatten(), chunk, *parameters)
+    features, targets = features.flatten(0, -2), targets.flatten()
+    make = partial(_by_chunk, head, features, targets, chunk, body, parameters)
+    return stored(make, [features, *parameters])
 
 
 @torch.no_grad()

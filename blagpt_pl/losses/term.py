@@ -5,11 +5,12 @@ Kinds    LogitTerm reads the logits the loss reads, chunk by chunk; TrunkTerm re
 Rule     a term is trained on and logged as train/<name>; it never enters val/loss
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from blagpt_pl.nn.base import Carry, Part, Site
+from blagpt_pl.nn.base import Carry, Part, Site, built
 
 BlockFactory = Callable[[Site], Part]
 
@@ -41,16 +42,41 @@ class LogitTerm(LossTerm):
 class TrunkTerm(LossTerm):
     """A term of the stream as it enters the model's last block."""
 
-    def forward(self, model: nn.Module, trunk: Tensor, carry: Carry, targets: Tensor) -> dict[str, Tensor]:
-        """Weighted scalars by name; whatever they are made of is differentiated here or stays in their graph.
+    def forward(
+        self, model: nn.Module, trunk: Tensor, carry: Carry, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted scalar to differentiate, and the plain numbers it is the sum of, by name.
 
         Args:
             model: a `LanguageModel` with `finish`, `readout` and `next_token`.
             trunk: (B, T, D), what enters the last block.
-            carry: what travels beside it.
+            carry: what travels beside it, as it was before the last block ran.
             targets: (B, T) int64.
         """
-        raise NotImplementedError(f"{type(self).__name__} must return its weighted terms by name")
+        raise NotImplementedError(f"{type(self).__name__} must return its weighted sum, and its parts by name")
 
 
 LossTermFactory = Callable[[Site, BlockFactory], LossTerm]
+
+
+def built_terms(factories: Sequence[LossTermFactory], site: Site, block: BlockFactory) -> list[LossTerm]:
+    """Build the terms of a model.
+
+    Args:
+        factories: what its `losses` socket holds.
+        site: where its last block stands.
+        block: what it repeats.
+
+    Raises:
+        ValueError: a part that is no term, or two terms of one name, of which the log could show only one.
+    """
+    terms = [built(f"model.losses[{i}]", factory, site, block) for i, factory in enumerate(factories)]
+    for i, term in enumerate(terms):
+        if not isinstance(term, LogitTerm | TrunkTerm):
+            raise ValueError(f"model.losses[{i}]: {type(term).__name__} is no loss term (LogitTerm or TrunkTerm)")  # noqa: TRY004
+    name, times = Counter(term.name for term in terms).most_common(1)[0] if terms else ("", 0)
+    if times > 1:
+        raise ValueError(
+            f"model.losses: {times} terms named {name} (expected one); fix: leave one, with their joint weight"
+        )
+    return terms

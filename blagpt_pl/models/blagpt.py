@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
-from blagpt_pl.losses.term import LossTermFactory
+from blagpt_pl.losses.term import LossTermFactory, built_terms
 from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
 from blagpt_pl.nn.block import Block
 
@@ -68,7 +68,7 @@ class BlaGPT(LanguageModel):
         self.norm = built("model.norm", norm, d_model)
         self.token_bias = nn.Embedding(vocab_size, d_model) if token_bias else None
         self.head = built("model.head", head, sites[0], self.embedding)
-        self.losses.extend(built(f"model.losses[{i}]", loss, sites[-1], block) for i, loss in enumerate(losses or []))
+        self.losses.extend(built_terms(losses or [], sites[-1], block))
         init(self, sites[0])
 
     def regions(self) -> Iterable[nn.Module]:

@@ -1,0 +1,52 @@
+"""Losses whose gradients are made together with their values, in the forward pass; backward only scales them.
+
+Why      what the gradients are made from (the logits of one chunk, the activations of one head) is let go before the next
+         one is begun, and nothing is computed twice
+Limit    no second derivative: what is stored would count as a constant, so one is refused
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Make = Callable[[], tuple[Tensor, Sequence[Tensor | None]]]
+
+
+class _Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, make: Make, *inputs: Tensor):
+        parts, grads = make()
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [t.dtype for t in inputs]
+        ctx.mark_non_differentiable(parts)
+        return parts.sum(), parts
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        if torch.is_grad_enabled():  # create_graph=True: what was stored would count as constant, silently
+            raise RuntimeError(
+                "losses: gradients that were made in the forward pass have no second derivative; fix: differentiate "
+                "losses.next_token.full instead"
+            )
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(None if g is None else (g * grad).to(dtype) for g, dtype in pairs)
+
+
+def stored(make: Make, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A loss that is a sum of parts.
+
+    Args:
+        make: called once, without gradients enabled; gives the parts (n,), and for each input the gradient of their sum,
+            or None where the sum does not depend on it.
+        inputs: what the loss is a function of.
+
+    Returns:
+        The sum, which is differentiated; and the parts, which no gradient flows through.
+    """
+    return _Stored.apply(make, *inputs)
+
+
+def unkept(leaf: Tensor) -> Tensor:
+    """A leaf as its graph should read it. Autocast keeps its cast of a leaf, and so all behind the leaf, until it ends."""
+    return leaf.view_as(leaf)
