@@ -43,12 +43,19 @@ class Heads:
         n: H, query heads.
         n_kv: G, key/value heads; query head h reads key/value head h // (H / G).
         dim: K, width of one head.
+        v_dim: width of one head of values where it is not K; read it as `values`.
     """
 
     site: Site
     n: int
     n_kv: int
     dim: int
+    v_dim: int | None = None
+
+    @property
+    def values(self) -> int:
+        """Width of one head of values."""
+        return self.dim if self.v_dim is None else self.v_dim
 
 
 @dataclass
@@ -103,7 +110,10 @@ class Core(nn.Module):
 
 
 class Norm(nn.Module):
-    """A normalisation over the last dimension; built from its width."""
+    """A normalisation over the last dimension; built from its width.
+
+    As in torch, the gain that it learns is `weight`, the shift is `bias`; None where it learns none.
+    """
 
 
 class Activation(nn.Module):

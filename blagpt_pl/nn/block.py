@@ -2,6 +2,9 @@
 
 Source   Xiong et al. 2020, arXiv:2002.04745
 Formula  x ← x + drop(post(attention(norm(x)))),  x ← x + drop(post(mlp(norm(x)))); `post` only where asked for
+         (Gemma Team 2024, "Gemma 2", arXiv:2408.00118, §2)
+Note     a post-norm takes away the size of what it reads: behind a map that starts at zero, one optimizer step makes its
+         output as large as its gain. So a branch that starts at zero with a post-norm has a gain of zero (`start_at_zero`)
 Cost     that of its parts, and one norm a branch (two with post_norm)
 """
 
@@ -26,6 +29,25 @@ class Branch(nn.Module):
         self.part = part
         self.post = nn.Identity() if post is None else post
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.ends_in_norm = post is not None
+
+    def start_at_zero(self) -> None:
+        """Start the post-norm's gain and shift at 0: nothing is written, whatever the maps before it hold.
+
+        The gain learns at once, all before it as soon as the gain has moved; which takes that these maps are not 0, too.
+
+        Raises:
+            ValueError: the post-norm has no gain.
+        """
+        gain, shift = (getattr(self.post, name, None) for name in ("weight", "bias"))
+        if gain is None:
+            raise ValueError(
+                f"block.post_norm: {type(self.post).__name__} has no gain to start at zero (model.init.zero_outputs: "
+                "true); fix: a post-norm that learns a gain, such as RMSNorm, or model.init.zero_outputs: false"
+            )
+        nn.init.zeros_(gain)
+        if shift is not None:
+            nn.init.zeros_(shift)
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         return x + self.drop(self.post(self.part(self.norm(x), carry)))
@@ -55,7 +77,7 @@ class Block(nn.Module):
         super().__init__()
 
         def branch(socket: str, factory: SequenceMixerFactory | ChannelMixerFactory) -> Branch:
-            post = None if post_norm is None else post_norm(site.d_model)
+            post = None if post_norm is None else built("block.post_norm", post_norm, site.d_model)
             return Branch(built("block.norm", norm, site.d_model), built(socket, factory, site), post, dropout)
 
         self.attention = branch("block.attention", attention)

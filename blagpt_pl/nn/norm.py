@@ -3,7 +3,7 @@
 RMSNorm    Zhang & Sennrich 2019, arXiv:1910.07467, eq. (4):  y_i = g_i · x_i / sqrt(mean_j x_j² + eps)
 LayerNorm  Ba et al. 2016, arXiv:1607.06450:                  y_i = g_i · (x_i - mean) / sqrt(var + eps) + b_i
 Differs    statistics in float32 whatever the input's dtype; the result has the input's dtype
-Cost       D parameters (LayerNorm: 2 D), no matmul
+Cost       D parameters (LayerNorm: 2 D, or D, or none), no matmul
 """
 
 import torch
@@ -37,14 +37,16 @@ class LayerNorm(Norm):
         dim: width of the last dimension.
         eps: added to the variance.
         bias: whether to learn the shift.
+        gain: whether to learn the gain; without gain and bias the norm has no parameters, as in TokenFormer.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True, gain: bool = True) -> None:
         super().__init__()
+        self.dim = dim
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim)) if gain else None
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        shift = None if self.bias is None else wide(self.bias)
-        return F.layer_norm(wide(x), self.weight.shape, wide(self.weight), shift, self.eps).to(x.dtype)
+        gain, shift = (None if p is None else wide(p) for p in (self.weight, self.bias))
+        return F.layer_norm(wide(x), (self.dim,), gain, shift, self.eps).to(x.dtype)

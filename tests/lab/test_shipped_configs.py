@@ -53,6 +53,14 @@ def test_the_baseline_is_the_original_field_for_field() -> None:
     assert factors == pytest.approx([1 / 250, 0.5, 1, 1, 1, 1, 0.5, 1 / 2000])
 
 
+def test_tokenformer_has_the_size_of_the_original() -> None:
+    model = built("blagpt.yaml", "--config", str(CONFIGS / "models" / "tokenformer.yaml")).model
+    tokens = 12 * 5 * 2 * 4096 * 128  # blocks hold nothing else
+    assert count(model.blocks.parameters()) == tokens
+    assert count(model.parameters()) == 50304 * 128 + tokens + 2 * 128 == 69_353_728
+    assert model.head.weight is model.embedding.weight
+
+
 def test_best_differs_from_the_baseline_in_the_learning_rate_alone() -> None:
     ours, theirs = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("blagpt.yaml", "best.yaml"))
     rates = [c["model"]["init_args"]["optimizer"]["init_args"].pop("lr") for c in (ours, theirs)]

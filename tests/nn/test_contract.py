@@ -14,8 +14,14 @@ from torch import Tensor, nn
 import blagpt_pl.nn
 from blagpt_pl.nn import base
 from blagpt_pl.nn.activation import GELU, ReLU2, SiLU
+from blagpt_pl.nn.attention.core_dilated import Dilated
 from blagpt_pl.nn.attention.core_sdpa import SDPA
+from blagpt_pl.nn.attention.core_softcap import SoftCapped
+from blagpt_pl.nn.attention.edit_kv_shift import KVShift
 from blagpt_pl.nn.attention.edit_rope import RoPE
+from blagpt_pl.nn.attention.latent import LatentAttention
+from blagpt_pl.nn.attention.low_rank import LowRankAttention
+from blagpt_pl.nn.attention.pattention import PattentionAttention
 from blagpt_pl.nn.base import (
     Activation,
     Carry,
@@ -32,13 +38,16 @@ from blagpt_pl.nn.block import Block
 from blagpt_pl.nn.embed import LearnedPositions
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.mlp import MLP
+from blagpt_pl.nn.mlp_pattention import PattentionMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
 from blagpt_pl.testing import check_part, kind_of
 
+latent = partial(LatentAttention, n_heads=4, kv_rank=12, nope_dim=6, rope_dim=4, v_dim=8, norm=RMSNorm, core=SDPA)
 PARTS = {
     "RMSNorm": RMSNorm,
     "LayerNorm": LayerNorm,
     "LayerNorm, no bias": partial(LayerNorm, bias=False),
+    "LayerNorm, no parameters": partial(LayerNorm, gain=False, bias=False),
     "SiLU": SiLU,
     "GELU": GELU,
     "GELU, tanh": partial(GELU, tanh=True),
@@ -47,14 +56,38 @@ PARTS = {
     "GatedMLP": gated,
     "QKNorm": qk_norm,
     "RoPE": RoPE,
+    "KVShift": KVShift,
     "SDPA": SDPA,
     "SDPA, dropout": partial(SDPA, dropout=0.2),
+    "Dilated": partial(Dilated, segments=[4, 8, 16], dilations=[1, 2, 4]),
+    "Dilated, rates beyond the heads": partial(Dilated, segments=[5, 8, 21], dilations=[1, 8, 3]),
+    "Dilated, long segments": partial(Dilated, segments=[64, 128], dilations=[1, 2]),
+    "SoftCapped": SoftCapped,
+    "SoftCapped, tight": partial(SoftCapped, cap=1.0),
     "Attention": attention(qkv_bias=True, out_bias=True),
     "Attention, no edits": attention(edits=None),
     "Attention, one kv head": attention(n_kv_heads=1, head_dim=10),
+    "PattentionAttention": partial(PattentionAttention, n_heads=4, n_tokens=48, core=SDPA, edits=[RoPE]),
+    "PattentionAttention, grouped": partial(PattentionAttention, n_heads=4, n_tokens=40, core=SDPA, n_kv_heads=2),
+    "PattentionMLP": partial(PattentionMLP, n_tokens=64),
+    "LatentAttention": latent,
+    "LatentAttention, latent queries": partial(latent, q_rank=10),
+    "LatentAttention, wide values": partial(latent, v_dim=20),
+    "LowRankAttention": partial(
+        LowRankAttention,
+        n_heads=4,
+        n_kv_heads=2,
+        rank=6,
+        edits=[qk_norm, RoPE],
+        core=SDPA,
+        qkv_bias=True,
+        out_bias=True,
+    ),
     "LearnedPositions": LearnedPositions,
     "TiedHead": TiedHead,
     "LinearHead": partial(LinearHead, bias=True),
+    "TiedHead, softcap": partial(TiedHead, softcap=3.0),
+    "LinearHead, softcap": partial(LinearHead, softcap=3.0),
     "Block": block(),
     "Block, post-norm, dropout": block(post_norm=RMSNorm, dropout=0.2),
 }

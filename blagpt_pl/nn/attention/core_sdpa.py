@@ -3,7 +3,9 @@
 Source   Vaswani et al. 2017, arXiv:1706.03762; kernels: Dao 2023, arXiv:2307.08691, and torch's own
 Formula  y_t = Σ_{s ≤ t} softmax_s(q_t · k_s / sqrt(K)) v_s; query head h reads key/value head h // (H / G)
 Differs  the keys and values of a group are never repeated in memory
-Cost     2 T² K H multiply-adds a sequence (causal), no T × T matrix
+Cost     T² (K + K') H multiplications and additions a sequence (causal), K' the width of the values; no T × T matrix where
+         a fused kernel runs. K' = K: all of them can. K' ≠ K: on CUDA cuDNN's or the memory-efficient kernel, for
+         flash attention refuses it (torch's sdp_utils.cpp); on CPU none, so that the T × T matrix is made
 """
 
 from torch import Tensor
@@ -26,7 +28,8 @@ class SDPA(Core):
         self.dropout = dropout
 
     def flops_per_token(self, context: int) -> int:
-        return 2 * context * self.heads.n * self.heads.dim  # q·k and p·v, 2 each, over half the context on average
+        h = self.heads
+        return context * h.n * (h.dim + h.values)  # q·k and p·v, 2 each, over half the context on average
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -1,0 +1,46 @@
+"""Soft-capping: squeeze numbers smoothly into (-c, c), leaving small ones almost as they are.
+
+Source   Gemma Team 2024, "Gemma 2", arXiv:2408.00118, §2; before it Bello et al. 2016, arXiv:1611.09940
+Formula  y = c · tanh(x / c):  y ≈ x - x³ / (3 c²) for |x| much smaller than c;  dy/dx = 1 - (y / c)²
+Differs  never in place: the backward pass of tanh reads its own output; SoftCap works in float32 whatever the input's dtype
+Cost     one tanh a number, no parameters
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from blagpt_pl.nn.base import wide
+
+
+def checked(socket: str, cap: float) -> float:
+    """A cap that caps.
+
+    Raises:
+        ValueError: it is not a positive, finite number.
+    """
+    if not 0 < cap < math.inf:
+        raise ValueError(f"{socket}: {cap} (expected a positive number, such as 30.0; leave it out for no cap)")
+    return float(cap)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """c · tanh(x / c), in the dtype of x."""
+    return cap * torch.tanh(x / cap)
+
+
+class SoftCap(nn.Module):
+    """c · tanh(x / c), elementwise.
+
+    Args:
+        cap: c, which no number of the output exceeds in size.
+        socket: where it is set, for the error.
+    """
+
+    def __init__(self, cap: float, socket: str = "cap") -> None:
+        super().__init__()
+        self.cap = checked(socket, cap)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return soft_cap(wide(x), self.cap).to(x.dtype)
