@@ -17,6 +17,8 @@ commands
   validate   measure a model on the validation tokens
   test       measure a model on the test tokens
   generate   continue a text with a trained model
+  bench      measure how long things take
+  list       what there is to choose from: parts, overlays, configurations
 
   blagpt <command> --help      what a command takes
   blagpt --version
@@ -36,7 +38,8 @@ Layers are merged left to right; the last one to speak wins. A key may reach int
   --config FILE                      a complete configuration, or a difference to the ones before it
   --model.d_model 512                a value
   --model.block.mlp MLP              another part: its class name, or a path such as my_ideas.RunningMean
-  --model.block.attention.edits+=RoPE             append to a list
+  --model.block.attention.edits+=RoPE             append to a list; .+edits=RoPE prepends
+  --model.block.attention.edits-=QKNorm           remove from a list
   --model.block.attention.edits[RoPE].theta 1e6   a value of the RoPE in a list
 
 Most used
@@ -83,7 +86,24 @@ def _generate(command: str, argv: list[str]) -> None:
     main(argv)
 
 
-COMMANDS: dict[str, Callable[[str, list[str]], None]] = {**dict.fromkeys(TRAIN, _train), "generate": _generate}
+def _bench(command: str, argv: list[str]) -> None:
+    from blagpt_pl.lab.bench import main
+
+    main(argv)
+
+
+def _list(command: str, argv: list[str]) -> None:
+    from blagpt_pl.lab.list import main
+
+    main(argv)
+
+
+COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
+    **dict.fromkeys(TRAIN, _train),
+    "generate": _generate,
+    "bench": _bench,
+    "list": _list,
+}
 
 
 def main() -> None:
