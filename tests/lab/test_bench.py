@@ -10,7 +10,9 @@ import torch
 import yaml
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.bench import CORE_VALUES, WIDTHS, Case, main, rows_of, table, timed
+from blagpt_pl.lab.bench import main
+from blagpt_pl.lab.bench_attention import CORE_VALUES, WIDTHS
+from blagpt_pl.lab.timing import Case, rows_of, table, timed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
