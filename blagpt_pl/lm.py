@@ -6,8 +6,6 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
 
 import lightning as L
 import torch
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from blagpt_pl.losses.next_token import IGNORE, chunked, chunked_parts, summed, total_nats
-from blagpt_pl.losses.term import LogitTerm, TrunkTerm
-from blagpt_pl.nn.base import Carry, Core, Head
+from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
+from blagpt_pl.losses.objective import objective
+from blagpt_pl.nn.base import Carry, Head
+from blagpt_pl.nn.flops import training_flops
 from blagpt_pl.nn.roles import roles_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
@@ -110,21 +109,7 @@ class LanguageModel(L.LightningModule):
             The scalar to differentiate, and the numbers it is the sum of: `loss`, the next-token loss in nats a token,
             and the terms of `losses` by name, weighted.
         """
-        on_trunk = [term for term in self.losses if isinstance(term, TrunkTerm)]
-        if on_trunk:
-            x, carry = self.trunk(tokens)
-            features = self.finish(x, replace(carry, memo=dict(carry.memo)))  # the terms get the memo as it is here
-        else:
-            features = self.features(tokens)
-        on_logits = [term for term in self.losses if isinstance(term, LogitTerm)]
-        body = partial(self._summed, terms=on_logits) if on_logits else self._summed
-        total, means = chunked_parts(self.head, features, targets, body=body)
-        parts = dict(zip(("loss", *(term.name for term in on_logits)), means, strict=True))
-        for term in on_trunk:
-            extra, numbers = term(self, x, carry, targets)
-            total = total + extra
-            parts |= numbers
-        return total, parts
+        return objective(self, self._summed, tokens, targets)
 
     def next_token(self, features: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token loss alone, in nats a token, chunk by chunk; differentiable."""
@@ -143,13 +128,9 @@ class LanguageModel(L.LightningModule):
         return roles_of(self, self.head)
 
     def flops_per_token(self) -> int:
-        """Forward and backward, at the full context: 6 for each weight of a matrix product, and what attention reads."""
-        roles = self.parameter_roles()
-        products = sum(p.numel() for name, p in self.named_parameters() if roles[name] == "matrix")
+        """Forward and backward, at the full context (`nn.flops`)."""
         passes = 1 + sum(term.head_passes for term in self.losses)
-        products += passes * sum(p.numel() for p in self.head.parameters() if p.ndim > 1)
-        reading = sum(core.flops_per_token(self.context) for core in self.modules() if isinstance(core, Core))
-        return 6 * products + 3 * reading
+        return training_flops(self, self.head, passes, self.parameter_roles(), self.context)
 
     def generate(
         self,
