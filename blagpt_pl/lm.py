@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from blagpt_pl.errors import ConfigError
 from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
 from blagpt_pl.losses.objective import objective
+from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, Head
 from blagpt_pl.nn.flops import training_flops
 from blagpt_pl.nn.roles import roles_of
@@ -162,7 +164,7 @@ class LanguageModel(L.LightningModule):
             for name, value in parts.items():
                 self._window.add(name, value / n)
             if not last:
-                with without_sync(self):
+                with without_sync(self), without_autocast(self.device):
                     self.trainer.strategy.backward(total, optimizer)
         self._window.steps += 1
         return total
@@ -255,6 +257,7 @@ class LanguageModel(L.LightningModule):
         self._configured = True
         if self._backend is not None:
             torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
+            torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
             for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
                 region.compile(backend=self._backend, fullgraph=True, dynamic=False)
             self._summed = torch.compile(summed, backend=self._backend, dynamic=False)
@@ -264,7 +267,11 @@ class LanguageModel(L.LightningModule):
     def configure_optimizers(self) -> dict:
         """One optimizer over the groups of `parameter_roles`, and the schedule over all of its groups."""
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
-        optimizer = self._optimizer(groups_by_role(named, self.parameter_roles()))
+        groups = groups_by_role(named, self.parameter_roles())
+        try:
+            optimizer = self._optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.optimizer: refuses the groups of this model: {error}") from error
         scheduler = self.configure_schedule(self.trainer).on(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

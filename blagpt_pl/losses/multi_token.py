@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blagpt_pl.losses.next_token import IGNORE
-from blagpt_pl.losses.stored import stored, unkept
+from blagpt_pl.losses.stored import gradients, stored, unkept
 from blagpt_pl.losses.term import BlockFactory, TrunkTerm
 from blagpt_pl.nn.base import Carry, Site, built
 
@@ -104,4 +104,7 @@ class MultiToken(TrunkTerm):
             trunk, x0, *memo = (unkept(leaf) for leaf in leaves)
             carry = replace(carry, x0=x0, memo=dict(zip(carry.memo, memo, strict=True)))
             loss = model.next_token(model.finish(trunk, carry, block), targets)
-            return loss.detach(), torch.autograd.grad(loss, by, allow_unused=True) if by else ()
+            if not by:
+                return loss, ()
+            n = targets.numel()  # the mean's gradients would vanish in float16, where no scaler has enlarged them yet
+            return loss.detach(), tuple(None if g is None else g / n for g in gradients(n * loss, by))

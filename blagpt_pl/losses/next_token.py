@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blagpt_pl.losses.stored import stored, unkept
+from blagpt_pl.losses.stored import gradients, stored, unkept
 from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.nn.base import wide
 
@@ -52,7 +52,7 @@ def _by_chunk(
         x = features[piece].detach().requires_grad_()
         with torch.enable_grad():
             sums = body(head, unkept(x), targets[piece])
-            gx, *gp = torch.autograd.grad(sums.sum(), [x, *parameters])
+            gx, *gp = gradients(sums.sum(), [x, *parameters])
         parts = parts + sums.detach()
         grad_features[piece] = gx
         if grads:  # a frozen head has none

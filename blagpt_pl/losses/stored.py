@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from blagpt_pl.nn.autocast import without_autocast
+
 Make = Callable[[], tuple[Tensor, Sequence[Tensor | None]]]
 
 
@@ -45,6 +47,12 @@ def stored(make: Make, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         The sum, which is differentiated; and the parts, which no gradient flows through.
     """
     return _Stored.apply(make, *inputs)
+
+
+def gradients(loss: Tensor, by: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a scalar by each tensor, None where it does not depend on it; outside autocast, as backward runs."""
+    with without_autocast(loss.device):
+        return torch.autograd.grad(loss, by, allow_unused=True)
 
 
 def unkept(leaf: Tensor) -> Tensor:
