@@ -1,6 +1,7 @@
 """What a person wants to read when a run is over."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 
 def _time(seconds: float) -> str:
@@ -28,6 +29,6 @@ def summary(result: Mapping) -> str:
     memory = f"VRAM {result.get('peak_vram_train_mib', 0):,.0f} MiB training, {result.get('peak_vram_eval_mib', 0):,.0f} MiB evaluating"
     rows.append(("peak memory", memory if vram else f"RAM {result['peak_ram_mib']:,.0f} MiB (no accelerator)"))
     rows.append(("hardware", result["hardware"]))
-    rows.append(("logs", f"{result['run']}  (tensorboard --logdir logs)"))
+    rows.append(("logs", f"{result['run']}  (tensorboard --logdir {Path(result['run']).parent.parent})"))
     head = f"{result['state']}: step {result['steps']} of {result['max_steps']} in {_time(result['seconds'])}"
     return "\n".join([head, *(f"  {name:<12}{value}" for name, value in rows)])

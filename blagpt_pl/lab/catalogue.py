@@ -35,7 +35,8 @@ KINDS = {  # kind: (base class, socket)
 }
 SELF = ("Block",)  # base classes that are parts themselves
 OVERLAYS = {"techniques": "technique", "models": "model", "optim": "optimizer", "data": "source", "trainer": "trainer"}
-LIBRARIES = ("torch.optim", "heavyball")
+UNFIT = ("LBFGS", "Muon", "SparseAdam")  # one group only; matrices only; sparse gradients only
+FAMILY = ("Optimizer", "Adam")  # what torch's optimizers derive from
 FIRST_LINE = re.compile(
     r"# (?P<name>[^:]+): (?P<what>.+)\. (?P<authors>(?:[^.]|et al\.)+ \d{4}(?: \([^)]*\))?)(?:, arXiv:(?P<arxiv>\d{4}\.\d{4,5}))?"
 )
@@ -190,28 +191,18 @@ def _in_every_run(root: Path) -> set[str]:
     return {name for key in ("HOUSE", "ALWAYS") if key in named for name in ast.literal_eval(named[key])}
 
 
-def library_optimizers() -> Iterator[Entry]:
-    """The optimizers of torch and of heavyball, by full name, since one bare name may be in both."""
-    for library in LIBRARIES:
-        top, *below = library.split(".")
-        spec = importlib.util.find_spec(top)
-        if spec is None or spec.origin is None:
-            continue
-        folder = Path(spec.origin).parent.joinpath(*below)
-        tree = _parse(folder / "__init__.py")
-        lists = {
-            n.targets[0].id: {c.value if isinstance(c, ast.Constant) else c.id for c in ast.walk(n.value) if isinstance(c, ast.Constant | ast.Name)}
-            for n in tree.body
-            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and n.targets[0].id in ("__all__", "_BASE_CLASSES")
-        }  # fmt: skip
-        trees = [_parse(file) for file in sorted(folder.glob("*.py"))] if below else [tree]
-        docs = {name: doc for tree in trees for name, doc in _assigned_docs(tree)}
-        nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-        for node in sorted(nodes, key=lambda node: node.name.lower()):
-            public = node.name in lists["__all__"] and node.name != "Optimizer" if below else True
-            if public and not node.name.startswith("_") and node.name not in lists.get("_BASE_CLASSES", ()):
-                doc = ast.get_docstring(node) or docs.get(node.name, "")
-                yield Entry("optimizer", f"{library}.{node.name}", _first_line(doc), _paper(doc), library)
+def torch_optimizers() -> Iterator[Entry]:
+    """torch's optimizers that take parameter groups of any shape, by full name, from the text of its files."""
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent / "optim"
+    public = {one.value for one in ast.walk(_parse(folder / "__init__.py")) if isinstance(one, ast.Constant)}
+    trees = [_parse(file) for file in sorted(folder.glob("*.py"))]
+    docs = {name: doc for tree in trees for name, doc in _assigned_docs(tree)}
+    nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name in public]
+    for node in sorted(nodes, key=lambda node: node.name.lower()):
+        if node.name not in UNFIT and any(ast.unparse(base).endswith(FAMILY) for base in node.bases):
+            doc = ast.get_docstring(node) or docs.get(node.name, "")
+            yield Entry("optimizer", f"torch.optim.{node.name}", _first_line(doc), _paper(doc), "torch.optim")
 
 
 def _assigned_docs(tree: ast.Module) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.catalogue import KINDS, OVERLAYS, Entry, configs_folder, configurations, library_optimizers, parts
+from blagpt_pl.lab.catalogue import KINDS, OVERLAYS, Entry, configs_folder, configurations, parts, torch_optimizers
 
 GROUPS = {  # a word that means several kinds
     "attention": ("attention", "edit", "core"),
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         description="What there is to choose from: parts, overlays, configurations, each with its paper.",
         epilog=f"kinds: {', '.join(ORDER[:9])},\n       {', '.join(ORDER[9:])}\n"
         "groups: attention (mixers, edits and cores), data (sources and tokenizers), part (all that a model is made of)\n"
-        "A plural will do. The optimizers of torch and heavyball are counted, and listed by `blagpt list optimizer`.",
+        "A plural will do. torch's optimizers are counted, and listed by `blagpt list optimizer`.",
     )
     p.add_argument("kind", nargs="?", help="only this kind, or this group of kinds")
     p.add_argument("--json", action="store_true", help="a list of objects: kind, name, text, paper, file, socket")
@@ -46,7 +46,7 @@ def kinds_of(word: str) -> tuple[str, ...]:
     for one in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
         if one in known:
             return GROUPS.get(one) or (ALIASES.get(one, one),)
-    near = difflib.get_close_matches(lower, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(lower, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     listed = ", ".join(dict.fromkeys((*ORDER, *GROUPS)))
     raise ConfigError(f"{word}: is no kind of thing to list (expected {listed}){hint}")
@@ -55,7 +55,7 @@ def kinds_of(word: str) -> tuple[str, ...]:
 def entries(kinds: tuple[str, ...]) -> list[Entry]:
     """All that there is of some kinds."""
     folder = configs_folder()
-    found = [*parts(), *(library_optimizers() if "optimizer" in kinds else ())]
+    found = [*parts(), *(torch_optimizers() if "optimizer" in kinds else ())]
     found += configurations(folder) if folder else ()
     return [entry for kind in kinds for entry in found if entry.kind == kind]
 
@@ -96,18 +96,16 @@ def main(argv: list[str]) -> None:
 
 
 def sections(found: list[Entry], kinds: tuple[str, ...], width: int, brief: bool) -> list[list[str]]:
-    """The lines of each kind; in brief, the optimizers of libraries are only counted."""
+    """The lines of each kind; in brief, torch's optimizers are only counted."""
     made = []
     for kind in kinds:
         here = [entry for entry in found if entry.kind == kind]
         if not here:
             continue
-        shown = [e for e in here if not (brief and e.name.startswith(("torch.", "heavyball.")))]
+        shown = [e for e in here if not (brief and e.file == "torch.optim")]
         files = f"--config {Path(here[0].name).with_name('NAME.yaml')}"
         lines = [f"{kind}  {KINDS[kind][1] if kind in KINDS else files}", *table(shown, width)]
-        counts = {lib: sum(e.file == lib for e in here) for lib in ("torch.optim", "heavyball")} if brief else {}
-        if any(counts.values()):
-            said = " and ".join(f"{n} of {lib}" for lib, n in counts.items() if n)
-            lines.append(f"  {said}: blagpt list optimizer")
+        if len(shown) < len(here):
+            lines.append(f"  {len(here) - len(shown)} of torch.optim: blagpt list optimizer")
         made.append(lines)
     return made

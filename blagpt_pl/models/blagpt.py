@@ -7,6 +7,7 @@ Cost     that of its parts
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
@@ -66,9 +67,14 @@ class BlaGPT(LanguageModel):
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self.blocks = nn.ModuleList(built("model.block", block, site) for site in sites)
         self.norm = built("model.norm", norm, d_model)
-        self.token_bias = nn.Embedding(vocab_size, d_model) if token_bias else None
         self.head = built("model.head", head, sites[0], self.embedding)
-        self.losses.extend(built_terms(losses or [], sites[-1], block))
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # additions come last and draw apart: the rest starts as it does without
+            self.token_bias = nn.Embedding(vocab_size, d_model) if token_bias else None
+            terms = built_terms(losses or [], sites[-1], block)
+        del self.losses
+        self.losses = nn.ModuleList(terms)
         init(self, sites[0])
 
     def regions(self) -> Iterable[nn.Module]:

@@ -11,15 +11,17 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from helpers import batch, tiny
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import catalogue, parts
-from blagpt_pl.lab.catalogue import FIRST_LINE, KINDS, configurations, library_optimizers, paper_of
+from blagpt_pl.lab.catalogue import FIRST_LINE, KINDS, UNFIT, configurations, paper_of, torch_optimizers
 from blagpt_pl.lab.list import GROUPS, ORDER, entries, kinds_of, main, table
 from blagpt_pl.lab.rules import ALWAYS, HOUSE
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.losses import term
 from blagpt_pl.nn import base
+from blagpt_pl.optim.roles import groups_by_role
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -113,16 +115,29 @@ def test_what_is_added_appears(tmp_path: Path) -> None:
     assert found["Mine"].paper == "Me et al. 2026, arXiv:2601.00001"
 
 
-def test_optimizers_of_the_libraries() -> None:
-    found = {entry.name: entry for entry in library_optimizers()}
-    ours = {name.removeprefix("torch.optim.") for name in found if name.startswith("torch.")}
+def test_every_optimizer_that_is_shown_takes_a_step() -> None:
+    names = {entry.name.removeprefix("torch.optim."): entry for entry in torch_optimizers()}
     truth = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    assert ours == truth - {"Optimizer"}
-    assert all(entry.text for entry in found.values())
-    if any(name.startswith("heavyball.") for name in found):
-        heavyball = pytest.importorskip("heavyball")
-        names = {name.removeprefix("heavyball.") for name in found if name.startswith("heavyball.")}
-        assert names == set(heavyball.__all__) - {"capture_param_shapes"}
+    assert names.keys() == truth - {"Optimizer", *UNFIT}
+    for name, entry in names.items():
+        assert entry.text
+        model = tiny()
+        optimizer = getattr(torch.optim, name)(
+            groups_by_role(model.named_parameters(), model.parameter_roles()), lr=0.01
+        )
+        before = [p.detach().clone() for p in model.parameters()]
+        model.objective(*batch(model))[0].backward()
+        optimizer.step()
+        assert not all(map(torch.equal, before, model.parameters())), f"{name} changes nothing"
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_every_optimizer_that_is_not_shown_does_not_fit(name: str) -> None:
+    model = tiny()
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer = getattr(torch.optim, name)(groups_by_role(model.named_parameters(), model.parameter_roles()))
+        model.objective(*batch(model))[0].backward()
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------- configurations

@@ -12,6 +12,7 @@ from helpers import SITE, L, attention, batch, block, carry_of, gated, qk_norm, 
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
+from blagpt_pl.errors import ConfigError
 from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.activation import GELU, SiLU
 from blagpt_pl.nn.attention.core_sdpa import SDPA
@@ -430,3 +431,9 @@ def test_flops_a_token_are_the_closed_formula() -> None:
     """6 for each weight of a matrix product, head included; 6 T H K a layer for causal attention. 911 MFLOP here."""
     weights = 12 * (768 * (12 + 8) * 64 + 768 * 768 + 3 * 768 * 3072) + 50304 * 768
     assert sized(biases=True).flops_per_token() == 6 * weights + 12 * 6 * 1024 * 768 == 911_278_080
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Muon])
+def test_an_optimizer_that_does_not_fit_is_told(optimizer: type) -> None:
+    with pytest.raises(ConfigError, match="model.optimizer: refuses the groups of this model: "):
+        tiny(optimizer=optimizer).configure_optimizers()

@@ -8,6 +8,8 @@ from helpers import D, T, V, batch, shake, tiny
 from torch import nn
 from torch.nn import functional as F
 
+from blagpt_pl.losses.multi_token import MultiToken
+from blagpt_pl.losses.z_loss import ZLoss
 from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.base import count
 from blagpt_pl.nn.head import LinearHead
@@ -102,3 +104,25 @@ def test_only_rows_that_were_read_receive_a_gradient() -> None:
 @pytest.mark.parametrize("changes", [{}, {"head": LinearHead}])
 def test_the_promises_of_a_model_hold(changes: dict) -> None:
     check_model(biased(**changes))
+
+
+def additions() -> dict[str, dict]:
+    return {
+        "token bias": {"token_bias": True},
+        "z-loss": {"losses": [ZLoss]},
+        "multi-token": {"losses": [partial(MultiToken, n=3)]},
+        "all": {"token_bias": True, "losses": [partial(MultiToken, n=2), ZLoss]},
+    }
+
+
+@pytest.mark.parametrize("name", additions())
+def test_the_rest_starts_as_it_does_without_the_addition(name: str) -> None:
+    """So that two runs of one seed, with and without it, differ by the addition alone."""
+    torch.manual_seed(7)
+    plain = tiny(init=GPT2Init(zero_outputs=False)).state_dict()
+    torch.manual_seed(7)
+    added = tiny(init=GPT2Init(zero_outputs=False), **additions()[name]).state_dict()
+    assert all(torch.equal(value, added[key]) for key, value in plain.items())
+    drawn = [value for key, value in added.items() if key not in plain and value.ndim > 1]
+    assert all(value.std() > 0 for value in drawn)
+    assert len({value.flatten()[0].item() for value in drawn}) == len(drawn)  # no two of the same throws
