@@ -1,6 +1,8 @@
 """The `blagpt` command: looks at its first word and imports only what that command needs."""
 
 import difflib
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -107,8 +109,31 @@ COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
 
 
 def main() -> None:
-    """Entry point of the console script; exits with the code of the error, if there is one."""
-    argv = sys.argv[1:]
+    """Entry point of the console script; exits with the code of the error, if there is one.
+
+    Where nobody reads on, as in `blagpt list | head -1`, it ends without a word and with 141, as SIGPIPE would have it.
+    """
+    try:
+        try:
+            _run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not (unread := [fd for fd in (1, 2) if _is_unread(fd)]):
+            raise  # another pipe, which is no reader's to close
+        for fd in unread:  # what is still to be written when Python ends goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        raise SystemExit(141) from None
+
+
+def _is_unread(fd: int) -> bool:
+    """Whether the reader of a pipe has left."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return

@@ -11,6 +11,12 @@ from blagpt_pl.lab.layers import Layers
 from blagpt_pl.lab.mistakes import mistakes_in
 
 
+def needs_base(tree: dict) -> bool:
+    """Whether a merged tree is but a difference: it names no model, or only some of its values."""
+    model = tree.get("model", {})
+    return isinstance(model, dict) and "class_path" not in model
+
+
 def explain(complaint: str, layers: Layers) -> str:
     """One to three lines for jsonargparse's complaint about the merged layers."""
     asked = next((word for word in layers.rest if ".help" in word), None)

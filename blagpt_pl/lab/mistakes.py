@@ -24,8 +24,8 @@ from blagpt_pl.callbacks.checkpoint import Checkpoint
 from blagpt_pl.callbacks.samples import Samples
 from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.data.module import TokenData
-from blagpt_pl.lab.layers import class_name
 from blagpt_pl.lab.parts import known_classes
+from blagpt_pl.lab.places import class_name
 from blagpt_pl.lm import LanguageModel
 
 SECTIONS = {"data": TokenData, "trainer": Trainer, "checkpoint": Checkpoint, "samples": Samples, "step_time": StepTime}

@@ -7,6 +7,7 @@ import yaml
 
 LIBRARIES = ("blagpt_pl.", "torch.", "lightning.")  # a bare class name may mean one of theirs
 PART_KEYS = ("class_path", "init_args", "dict_kwargs")
+CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # how the name of a class looks
 
 Place = tuple[str, ...]
 

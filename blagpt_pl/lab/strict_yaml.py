@@ -9,10 +9,8 @@ As in YAML 1.1, `yes`, `no`, `on` and `off` are true or false, and 010 is 8; quo
 Anchors, aliases and merge keys (`<<`) work.
 """
 
-import difflib
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import yaml
 
@@ -101,25 +99,6 @@ def load_text(text: str, origin: str) -> object:
 def compose_text(text: str, origin: str) -> yaml.Node | None:
     """The nodes of a YAML text, which know their lines; None for an empty text."""
     return _strictly(text, origin, _Strict.get_single_node)
-
-
-def read_file(path: str) -> str:
-    """The text of a configuration file.
-
-    Raises:
-        ConfigError: the file is missing or is not text; files nearby are named.
-    """
-    file = Path(path)
-    if not file.is_file():
-        found = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        found = (difflib.get_close_matches(path, found, 8, 0.6) or found)[:8]
-        kind = "is a folder" if file.is_dir() else "no such file"
-        there = f"; there are {', '.join(found)}" if found else ""
-        raise ConfigError(f"--config: {path!r}: {kind} (in {Path.cwd()}){there}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path!r}: cannot be read as text ({error})") from None
 
 
 def load_mapping(text: str, origin: str) -> dict:

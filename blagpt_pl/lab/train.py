@@ -24,12 +24,12 @@ from blagpt_pl.callbacks.vram import PeakVRAM
 from blagpt_pl.data.module import TokenData
 from blagpt_pl.errors import ConfigError, UserError
 from blagpt_pl.lab import parts, runs
-from blagpt_pl.lab.explain import explain, why
-from blagpt_pl.lab.layers import from_arguments, put
+from blagpt_pl.lab.checkpoint_layer import checkpoint_layer
+from blagpt_pl.lab.explain import explain, needs_base, why
+from blagpt_pl.lab.layers import from_arguments
 from blagpt_pl.lab.parser import Complaint, FriendlyParser
 from blagpt_pl.lab.quiet import quiet
 from blagpt_pl.lab.rules import check_parsed, check_tree
-from blagpt_pl.lab.strict_yaml import load_text
 from blagpt_pl.lm import LanguageModel
 
 DEFAULTS = {
@@ -186,27 +186,16 @@ class BlagptCLI(LightningCLI):
                     print(f"{name:<16}{float(value):,.6g}")
 
 
-def with_checkpoint(command: str, tree: dict) -> dict:
-    """For `validate` and `test`: the checkpoint's own model and data under what the user says."""
-    path = tree.get("ckpt_path")
-    if command == "fit" or path is None or "model" in tree:
-        return tree
-    saved = load_text(read_checkpoint(path).get("config", ""), str(path)) or {}
-    base = {key: saved[key] for key in ("seed_everything", "model", "data") if key in saved}
-    base["trainer"] = {"precision": saved.get("trainer", {}).get("precision")}
-    for key, value in tree.items():
-        put(base, key, value)
-    return base
-
-
 def run(command: str, argv: list[str]) -> None:
     """Run `fit`, `validate` or `test` with the words that follow it."""
     parts.import_all()
     quiet()
-    layers = from_arguments(argv, PASSED_ON)
-    layers.tree = with_checkpoint(command, layers.tree)
+    layers = from_arguments(argv, PASSED_ON, None if command == "fit" else checkpoint_layer)
     if any(".help" in word for word in layers.rest):
         layers.tree.setdefault("model", "BlaGPT")  # so that the help of its sockets can be asked for
+    elif "--help" not in layers.rest and needs_base(layers.tree):
+        other = "" if command == "fit" else ", or --ckpt_path FILE"
+        raise ConfigError(f"model: no layer names its class; fix: name a complete --config first{other}")
     try:
         check_tree(layers.tree)
         BlagptCLI(command, layers.tree, layers.rest)

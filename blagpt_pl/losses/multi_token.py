@@ -46,7 +46,7 @@ class MultiToken(TrunkTerm):
         n: how many tokens are predicted; 1 adds nothing.
 
     Raises:
-        ValueError: n is below 1, or above the context, where no target would be left.
+        ValueError: n is below 1, or above the context, where no target would be left; later, a sequence shorter than n.
     """
 
     name = "multi_token"
@@ -66,6 +66,11 @@ class MultiToken(TrunkTerm):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.blocks:
             return trunk.new_zeros(()), {}
+        if targets.shape[1] <= self.head_passes:
+            raise ValueError(
+                f"MultiToken.n: {self.head_passes + 1} tokens to predict, but only {targets.shape[1]} a sequence "
+                "(expected at least as many); fix: a smaller n or longer sequences"
+            )
         shared = [p for module in model.readout() for p in module.parameters()]
         streams = [trunk, carry.x0, *carry.memo.values()]
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in streams]

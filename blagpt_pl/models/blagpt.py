@@ -14,6 +14,7 @@ from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
 from blagpt_pl.losses.term import LossTermFactory, built_terms
 from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
 from blagpt_pl.nn.block import Block
+from blagpt_pl.nn.dropout import dropout as dropped
 
 BlockFactory = Callable[[Site], Block]
 
@@ -64,7 +65,7 @@ class BlaGPT(LanguageModel):
         sites = [Site(d_model, n_layers, layer, vocab_size, context) for layer in range(n_layers)]
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = None if positions is None else positions(sites[0])
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drop = dropped("model.dropout", dropout)
         self.blocks = nn.ModuleList(built("model.block", block, site) for site in sites)
         self.norm = built("model.norm", norm, d_model)
         self.head = built("model.head", head, sites[0], self.embedding)

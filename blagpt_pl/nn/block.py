@@ -11,6 +11,7 @@ Cost     that of its parts, and one norm a branch (two with post_norm)
 from torch import Tensor, nn
 
 from blagpt_pl.nn.base import Carry, ChannelMixerFactory, NormFactory, Part, SequenceMixerFactory, Site, built
+from blagpt_pl.nn.dropout import dropout as dropped
 
 
 class Branch(nn.Module):
@@ -20,15 +21,15 @@ class Branch(nn.Module):
         norm: applied to the branch's input.
         part: what the branch computes.
         post: applied to the part's output, or None.
-        dropout: probability of dropping an element of the branch's output.
+        drop: applied to the branch's output.
     """
 
-    def __init__(self, norm: nn.Module, part: Part, post: nn.Module | None, dropout: float) -> None:
+    def __init__(self, norm: nn.Module, part: Part, post: nn.Module | None, drop: nn.Module) -> None:
         super().__init__()
         self.norm = norm
         self.part = part
         self.post = nn.Identity() if post is None else post
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drop = drop
         self.ends_in_norm = post is not None
 
     def start_at_zero(self) -> None:
@@ -63,6 +64,9 @@ class Block(nn.Module):
         mlp: the channel mixer.
         post_norm: normalisation of each branch's output; none by default.
         dropout: probability of dropping an element of a branch's output.
+
+    Raises:
+        ValueError: a dropout that is no probability, or that drops everything.
     """
 
     def __init__(
@@ -78,7 +82,8 @@ class Block(nn.Module):
 
         def branch(socket: str, factory: SequenceMixerFactory | ChannelMixerFactory) -> Branch:
             post = None if post_norm is None else built("block.post_norm", post_norm, site.d_model)
-            return Branch(built("block.norm", norm, site.d_model), built(socket, factory, site), post, dropout)
+            drop = dropped(f"layer {site.layer}: Block.dropout", dropout)
+            return Branch(built("block.norm", norm, site.d_model), built(socket, factory, site), post, drop)
 
         self.attention = branch("block.attention", attention)
         self.mlp = branch("block.mlp", mlp)

@@ -6,11 +6,24 @@ Differs    statistics in float32 whatever the input's dtype; the result has the 
 Cost       D parameters (LayerNorm: 2 D, or D, or none), no matmul
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blagpt_pl.nn.base import Norm, wide
+
+
+def checked(socket: str, eps: float) -> float:
+    """An eps that a mean of squares can be raised by.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{socket}: {eps} (expected 0 or a positive number, such as 1e-6)")
+    return eps
 
 
 class RMSNorm(Norm):
@@ -19,11 +32,14 @@ class RMSNorm(Norm):
     Args:
         dim: width of the last dimension.
         eps: added to the mean square, so that a zero vector stays zero.
+
+    Raises:
+        ValueError: a negative eps.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = checked("RMSNorm.eps", eps)
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,12 +54,15 @@ class LayerNorm(Norm):
         eps: added to the variance.
         bias: whether to learn the shift.
         gain: whether to learn the gain; without gain and bias the norm has no parameters, as in TokenFormer.
+
+    Raises:
+        ValueError: a negative eps.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True, gain: bool = True) -> None:
         super().__init__()
         self.dim = dim
-        self.eps = eps
+        self.eps = checked("LayerNorm.eps", eps)
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 

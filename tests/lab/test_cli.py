@@ -3,6 +3,9 @@
 Processes are slow to start, so what can be asked in this one is, and each process answers several questions.
 """
 
+import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +18,8 @@ import yaml
 from blagpt_pl import __version__, cli
 from blagpt_pl.data.shards import write_shard
 from blagpt_pl.errors import ConfigError
+from blagpt_pl.lab.checkpoint_layer import checkpoint_layer
+from blagpt_pl.lab.layers import from_arguments
 from blagpt_pl.lab.strict_yaml import load_text
 from blagpt_pl.lab.train import run
 
@@ -191,10 +196,16 @@ def test_the_resolved_config_is_a_fixed_point(
 # ---------------------------------------------------------------------- real processes
 
 
+@pytest.fixture(scope="module")
+def trained(home: Path) -> subprocess.CompletedProcess:
+    """A run of two steps, in logs/t/0 at home."""
+    return blagpt(home, "fit", "--config", "base.yaml")
+
+
 def test_a_healthy_run_is_quiet_and_its_config_runs_again(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    home: Path, trained: subprocess.CompletedProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    done = blagpt(home, "fit", "--config", "base.yaml")
+    done = trained
     assert done.returncode == 0, done.stderr
     assert "warn" not in (done.stderr + done.stdout).lower()
     assert len(done.stderr.splitlines()) <= 3, done.stderr
@@ -204,6 +215,28 @@ def test_a_healthy_run_is_quiet_and_its_config_runs_again(
     saved = folder / "config.yaml"
     monkeypatch.chdir(home)
     assert asked(capsys, "fit", "--config", str(saved), "--print_config") == saved.read_text()
+
+
+def test_nobody_reads_on(home: Path) -> None:
+    """As in `blagpt list | head -1`; here the reader has left before the first word."""
+    for argv in (["list"], ["--help"], ["fit", "--help"], ["fit", "--config", "base.yaml", "--print_config"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [BLAGPT, *argv], cwd=home, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=120
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b""), argv
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(command: str, argv: list[str]) -> None:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", broken)
+    monkeypatch.setattr(sys, "argv", ["blagpt", "fit"])
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.main()
 
 
 @pytest.mark.parametrize(
@@ -249,6 +282,59 @@ def test_rules_are_asked(argv: list[str], begins: str, home: Path, monkeypatch: 
     with pytest.raises(ConfigError) as error:
         run("fit", ["--config", "base.yaml", *argv])
     assert str(error.value).startswith(begins)
+
+
+# ---------------------------------------------------------------------- over a checkpoint
+
+CHECKPOINT = "logs/t/0/checkpoints/last.ckpt"
+
+
+def measured(capsys: pytest.CaptureFixture, *argv: str) -> dict[str, str]:
+    return dict(line.split() for line in asked(capsys, "validate", "--ckpt_path", CHECKPOINT, *argv).splitlines())
+
+
+def test_a_difference_alone_is_one_to_the_checkpoint(
+    home: Path, trained: subprocess.CompletedProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert trained.returncode == 0
+    monkeypatch.chdir(home)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # set by Lightning, taken back by monkeypatch
+        monkeypatch.setenv(name, "0")
+    loss = json.loads(Path("logs/t/0/result.json").read_text())["val_loss"]
+    Path("z_loss.yaml").write_text("model.losses+: {class_path: ZLoss, init_args: {weight: 1.0e-4}}")
+    Path("other.yaml").write_text("model.block.attention.edits-: RoPE\nmodel.head.softcap: 0.01")
+    same = measured(capsys, "--config", "z_loss.yaml")  # an auxiliary loss never enters val/loss
+    assert float(same["val/loss"]) == pytest.approx(loss, rel=1e-5)
+    assert same["val/tokens"] == "100"
+    other = measured(capsys, "--config", "other.yaml")
+    assert other["val/tokens"] == "100"
+    assert abs(loss - math.log(320)) > 2e-3
+    assert float(other["val/loss"]) == pytest.approx(math.log(320), abs=1e-3)
+    assert measured(capsys, "--config", "other.yaml", "--data.val_tokens", "50")["val/tokens"] == "50"
+
+
+def test_what_lies_below_a_difference(
+    home: Path, trained: subprocess.CompletedProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+
+    def tree(*argv: str) -> dict:
+        return from_arguments(argv, below=checkpoint_layer).tree
+
+    Path("mine.yaml").write_text(f"model.losses+: ZLoss\nckpt_path: {CHECKPOINT}")
+    saved = load_text(Path("logs/t/0/config.yaml").read_text(), "x")
+    merged = tree("--config", "mine.yaml", "--data.source.val", "[other.bin]")
+    assert merged["model"]["init_args"].pop("losses") == ["ZLoss"]
+    assert saved["model"]["init_args"].pop("losses") is None
+    assert merged["model"] == saved["model"]
+    assert merged["data"]["source"]["init_args"]["train"] == ["train.bin"]
+    assert merged["data"]["source"]["init_args"]["val"] == ["other.bin"]
+    assert set(merged) == {"seed_everything", "model", "data", "trainer", "ckpt_path"}
+    for own in (["--config", "base.yaml"], ["--model", "BlaGPT"], ["--model.class_path=BlaGPT"]):
+        assert tree("--ckpt_path", CHECKPOINT, *own) == {**tree(*own), "ckpt_path": CHECKPOINT}, "replaced as a whole"
+    Path("again.yaml").write_text("model.block.attention.edits: [RoPE]")
+    with pytest.raises(ConfigError, match=r"again.yaml: changes nothing here"):
+        tree("--ckpt_path", CHECKPOINT, "--config", "again.yaml")
 
 
 def test_an_interrupt_before_training_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

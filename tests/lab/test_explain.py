@@ -43,6 +43,7 @@ trainer: {max_steps: 2, accelerator: cpu}
 data: {source: PythonLibrary, context: 16, batch_size: 4, device_batch_size: 4, val_tokens: 100}
 """
 ATTENTION = "model.block.attention"
+TECHNIQUES = Path(__file__).parents[2] / "configs/techniques"
 
 
 @pytest.fixture
@@ -204,9 +205,15 @@ def test_a_mistake_on_the_command_line(base: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "begins"),
     [
-        ([], "model: has no value; fix: name a complete --config first\ndata: has no value"),
-        (["--trainer.max_steps", "3"], "model: has no value"),
-        (["--model.block.mlp.ratio", "3"], "model: {'block': {'mlp': {'ratio': 3}}} names no class; "),
+        ([], "model: no layer names its class; fix: name a complete --config first"),
+        (["--trainer.max_steps", "3"], "model: no layer names its class; fix: name a complete --config first"),
+        (["--model.block.mlp.ratio", "3"], "model: no layer names its class; fix: name a complete --config first"),
+        (["--data.contxt", "3", "--print_config"], "model: no layer names its class; fix: name a complete"),
+        (
+            ["--config", f"{TECHNIQUES}/z_loss.yaml"],
+            "model: no layer names its class; fix: name a complete --config first",
+        ),
+        (["--model", "BlaGPT"], "model.vocab_size: has no value"),
         (["--model.help", "Xyzzy"], "--model.help: 'Xyzzy' is not a known class"),
         (["--bogus.help"], "--bogus.help: no such help"),
         (["--config", "missing.yaml"], "--config: 'missing.yaml': no such file"),
@@ -217,6 +224,10 @@ def test_without_a_base(argv: list[str], begins: str) -> None:
     with pytest.raises(ConfigError) as error:
         run("fit", argv)
     assert str(error.value).startswith(begins)
+    if begins.startswith("model: "):
+        assert str(error.value).removeprefix(begins) in ("", " --config first")
+        with pytest.raises(ConfigError, match=f"{begins}.*, or --ckpt_path FILE"):
+            run("validate", argv)
 
 
 def test_validate_explains_too(base: Path) -> None:

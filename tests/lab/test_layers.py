@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.layers import Layers, flag_value, from_arguments, merge, put, same_class
+from blagpt_pl.lab.layers import Layers, flag_value, from_arguments
+from blagpt_pl.lab.places import same_class
+from blagpt_pl.lab.trees import merge, put
 
 A = {"class_path": "A", "init_args": {"x": 1, "y": {"class_path": "B", "init_args": {"z": 2}}}}
 
@@ -230,7 +232,7 @@ def test_select() -> None:
         ("p.edits[Nope].x", 1, "no elements match .*QKNorm, RoPE"),
         ("p.edits[7]", 1, "no elements match"),
         ("p.n[RoPE]", 1, "n is not a list"),
-        ("p.none[0]", 1, "none is not a list"),
+        ("p.none[0]", 1, r"^p.none\[0\]: none holds nothing, so there is no 0 in it$"),
         ("p.n.x", 1, "p.n holds 3, which has no 'x'"),
         ("p.n+", 1, "holds 3, not a list"),
         ("p.edits+", None, "nothing to be appended"),
@@ -246,7 +248,7 @@ def test_select() -> None:
         ("p.edits-", None, "nothing to be removed"),
         ("p.edits-", "Nope", r"^p.edits-: no elements match Nope \(the list holds QKNorm, RoPE\)$"),
         ("p.edits-", 2, r"no elements match 2 \(the list holds QKNorm, RoPE\)"),
-        ("p.none-", "RoPE", r"no elements match RoPE \(the list holds nothing\)"),
+        ("p.none-", "RoPE", "^p.none-: none holds nothing, so there is no RoPE in it$"),
         ("p.edits-", ["RoPE", 1], "1 is removed already"),
         ("p.edits-", {"class_path": "RoPE"}, "expected the class of an element, its index"),
         ("p.edits-", True, "expected the class of an element, its index"),
@@ -367,7 +369,8 @@ def test_an_alias_is_a_copy(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
-    assert from_arguments(files(tmp_path, "a: 1", "# nothing")).tree == {"a": 1}
+    with pytest.raises(ConfigError, match=r"1\.yaml: says nothing; fix: leave it out$"):
+        from_arguments(files(tmp_path, "a: 1", "# nothing"))
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

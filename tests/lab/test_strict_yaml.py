@@ -1,14 +1,12 @@
 """YAML is read strictly: what could be a mistake is an error with file, line and column."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.strict_yaml import compose_text, load_mapping, load_text, read_file
+from blagpt_pl.lab.strict_yaml import compose_text, load_mapping, load_text
 
 names = st.text("abcdefgh_", min_size=1, max_size=6).filter(lambda s: s not in ("e", "_"))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(-(10**6), 10**6), st.floats(allow_nan=False), names)
@@ -101,20 +99,3 @@ def test_an_empty_file_is_an_empty_mapping(text: str) -> None:
 def test_other_than_a_mapping_is_refused(text: str, kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"^x: holds a {kind}"):
         load_mapping(text, "x")
-
-
-def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    for name in ("blagpt.yaml", "best.yaml"):
-        (tmp_path / name).write_text("a: 1")
-    with pytest.raises(ConfigError, match=r"no such file .*there are .*blagpt\.yaml"):
-        read_file(str(tmp_path / "blagtp.yaml"))
-    with pytest.raises(ConfigError, match="is a folder"):
-        read_file(str(tmp_path))
-    with pytest.raises(ConfigError, match="no such file"):
-        read_file(str(tmp_path / "no" / "where.yaml"))
-
-
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_bytes(b"a: \xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read as text"):
-        read_file(str(tmp_path / "x.yaml"))

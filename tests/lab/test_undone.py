@@ -7,8 +7,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.layers import Layers, from_arguments, put
-from blagpt_pl.lab.undone import COMMAND_LINE, Watch
+from blagpt_pl.lab.layers import Layers, from_arguments
+from blagpt_pl.lab.trees import put
+from blagpt_pl.lab.undone import Watch
 
 BASE = """\
 model:
@@ -52,10 +53,10 @@ SHIFT = "model.attention.edits+: K"
     [
         ([SHIFT, "model.attention: {class_path: L, rank: 3}"],
          r"2\.yaml: names another model.attention, which drops model.attention.edits\[K\] that (\S+1\.yaml) set; fix: leave one of them out, or name \1 later, if the new model.attention takes that$"),
-        ([SHIFT, ("model.attention", "L")], r"^names another model.attention, which drops model.attention.edits\[K\] that \S+1.yaml set"),
+        ([SHIFT, ("model.attention", "L")], r"^--model.attention: names another model.attention, which drops model.attention.edits\[K\] that \S+1.yaml set"),
         ([SHIFT, "model.attention.edits: [R]"],
-         r"2\.yaml: assigns all of model.attention.edits, which drops model.attention.edits\[K\] that \S+1.yaml set; fix: leave one of them out$"),
-        ([SHIFT, ("model.attention.edits", "[R]")], r"^assigns all of model.attention.edits, which drops .*\[K\]"),
+         r"2\.yaml: assigns all of model.attention.edits, which drops model.attention.edits\[K\] that \S+1.yaml set; fix: leave one of them out, or change the list by edits\+: \(append\), "),
+        ([SHIFT, ("model.attention.edits", "[R]")], r"^--model.attention.edits: assigns all of model.attention.edits, which drops .*\[K\]"),
         ([SHIFT, "model: {class_path: M, init_args: {attention: {class_path: L, init_args: {rank: 1}}}}"], "names another model.attention, which"),
         ([SHIFT, "model: Other"], r"names another model, which drops model.attention.edits\[K\]"),
         ([SHIFT, "model.attention.edits-: K"], r"removes model.attention.edits\[K\], which drops"),
@@ -73,16 +74,16 @@ SHIFT = "model.attention.edits+: K"
         (["model.attention.core: X", "model.attention.core: Y"], "names another model.attention.core"),
         (["model.attention.core: X", "model.attention.core.class_path: my.X"], "names another model.attention.core"),
         (["model.mlp.activation: GELU", "model.mlp: MLP"], "names another model.mlp, which drops model.mlp.activation"),
-        (["model.mlp.activation: GELU", ("model.mlp", "MLP")], "^names another model.mlp, which drops model.mlp.activation"),
+        (["model.mlp.activation: GELU", ("model.mlp", "MLP")], "^--model.mlp: names another model.mlp, which drops model.mlp.activation"),
         (["optimizer.lr: 2", "optimizer: {class_path: Muon, init_args: {momentum: 3}}"], "names another optimizer, which drops optimizer.lr"),
         (["optimizer.lr: 2", "optimizer: {class_path: Muon, init_args: {lr: 3}}"],
          r"2.yaml: names another optimizer, which drops optimizer.lr that (\S+1.yaml) set; fix: leave one of them out, or name \1 later, if"),
         (["model.attention.gate: S", "model.attention.gate: null"], "sets model.attention.gate, which drops model.attention.gate"),
-        (["model.attention.gate: null", "model.attention.gate.x: 1"], "sets model.attention.gate.x, which drops model.attention.gate that"),
+        (["model.norm: null", "model.norm.x: 1"], "sets model.norm.x, which drops model.norm that"),
         (["trainer.prompts+: c", "trainer.prompts: [d]"], r"assigns all of trainer.prompts, which drops trainer.prompts\[c\]"),
         ([f"{SHIFT}\nmodel.attention: L"], r"1.yaml: names another model.attention, which drops .*\[K\] that the same file set; fix: leave one of them out$"),
-        ([("model.mlp.activation", "GELU"), ("model.mlp", "MLP")], "drops model.mlp.activation that a flag set"),
-        ([("model.mlp", "MLP"), "model.mlp: P"], "1?.yaml: names another model.mlp, which drops model.mlp that a flag set"),
+        ([("model.mlp.activation", "GELU"), ("model.mlp", "MLP")], "drops model.mlp.activation that --model.mlp.activation set"),
+        ([("model.mlp", "MLP"), "model.mlp: P"], "1?.yaml: names another model.mlp, which drops model.mlp that --model.mlp set"),
     ],
 )  # fmt: skip
 def test_what_is_undone_is_an_error(layers: list, words: str, tmp_path: Path) -> None:
@@ -95,14 +96,14 @@ def test_what_is_undone_is_an_error(layers: list, words: str, tmp_path: Path) ->
     [
         ["model.attention: {class_path: L, rank: 3}", "model.attention.edits+: K"],
         ["model.attention: L", "model.mlp: P", "model.attention.rank: 3"],
-        ["model.norm: X", "model.norm: X"],
+        ["model.norm: X", "model.norm: X\nname: x"],
         ["model.norm: X", "model.norm: {class_path: X, init_args: {eps: 1}}", "model.norm.eps: 2"],
-        ["model.norm: X", "model.norm: blagpt_pl.nn.norm.X"],
+        ["model.norm: X", "model.norm: blagpt_pl.nn.norm.X\nname: x"],
         ["model.norm: X", ("model.norm", "Y")],
         ["model.norm: {class_path: X, eps: 3}", ("model.norm", "Y")],
         ["model.mlp: {class_path: P, init_args: {activation: {class_path: GELU, tanh: true}}}", ("model.mlp", "MLP")],
         ["model.attention.gate: S", ("model.attention.gate", "null")],
-        ["model.attention.gate: null", "model.attention.gate: S"],
+        ["model.attention.gate: null\nname: x", "model.attention.gate: S"],
         ["model.width: 3", "model.width: 4", ("model.width", "5")],
         ["model: {width: 3}", "model.init_args.width: 4"],
         ["model.width: 3", "model.width: null"],
@@ -130,7 +131,6 @@ def test_what_is_undone_is_an_error(layers: list, words: str, tmp_path: Path) ->
         ["optimizer: {class_path: Muon, init_args: {lr: 3}}", "optimizer.lr: 2"],
         ["model.attention.edits-: R\nmodel.attention.edits+: {class_path: R, init_args: {theta: 3}}"],
         [("model.mlp", "MLP"), ("model.mlp.activation", "GELU"), ("model.mlp", "P")],
-        ["# nothing", "{}", "model: {}"],
     ],
 )  # fmt: skip
 def test_what_holds_or_is_said_anew_is_none(layers: list, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def built(layers: list) -> dict:
         for key, value, _ in ks:
             before = dict(tree)
             put(tree, key, value)
-            watch.see(key, value, before, tree, COMMAND_LINE if is_flag else f"{i}.yaml")
+            watch.see(key, value, before, tree, f"--{key}" if is_flag else f"{i}.yaml")
     return tree
 
 

@@ -11,7 +11,7 @@ from test_next_token import Memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blagpt_pl.losses.multi_token import MultiToken, ahead
+from blagpt_pl.losses.multi_token import MultiToken, ahead, plus
 from blagpt_pl.losses.next_token import IGNORE
 from blagpt_pl.losses.z_loss import ZLoss
 from blagpt_pl.models.blagpt import BlaGPT
@@ -178,6 +178,19 @@ def test_without_gradients_the_values_are_the_same() -> None:
     assert torch.equal(model.objective(tokens, targets)[0], total)
 
 
+def test_without_gradients_none_is_made() -> None:
+    """Nothing is differentiable: measuring, or a model that is frozen."""
+    model, seen = model_of(3), []
+    for b in model.losses[0].blocks:
+        b.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    model.objective(*batch(model))
+    with torch.no_grad():
+        model.objective(*batch(model))
+    model.requires_grad_(False)
+    model.objective(*batch(model))
+    assert seen == [True] * 2 + [False] * 4
+
+
 def test_a_second_derivative_is_refused() -> None:
     model = model_of(2)
     tokens, targets = batch(model)
@@ -199,6 +212,55 @@ def test_under_bf16_autocast() -> None:
         assert mine[name].dtype == torch.float32
         errors = [(g[name] - reference).abs().max() / reference.abs().max() for g in (mine, theirs)]
         assert errors[0] < 2 * errors[1] + 1e-3, name
+
+
+def test_16_bit_gradients_add_up_in_float32() -> None:
+    total = None
+    for piece in (1.0, *[2**-9] * 4):  # each of which bfloat16 would drop: its next number is 1 + 2^-7
+        total = plus(total, torch.tensor(piece, dtype=torch.bfloat16))
+    assert total.item() == 1 + 2**-7
+    assert plus(None, None) is None
+    one = torch.ones((), dtype=torch.float64)
+    assert [plus(a, b).dtype for a, b in ((one, None), (None, one), (one, one))] == [torch.float64] * 3
+
+
+def test_a_bf16_model_rounds_the_sum_over_its_heads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, by_head = model_of(4, double=False).bfloat16(), []
+    original = MultiToken.one_head
+
+    def one_head(*args: object) -> tuple:
+        by_head.append(original(*args))
+        return by_head[-1]
+
+    monkeypatch.setattr(MultiToken, "one_head", staticmethod(one_head))
+    tokens, targets = batch(model)
+    trunk, carry = model.trunk(tokens)
+    trunk = trunk.detach().requires_grad_()
+    total, _ = model.losses[0](model, trunk, carry, targets)
+    (mine,) = torch.autograd.grad(total, [trunk])
+    pieces = [grads[0] for _, grads in by_head]  # the trunk's stands first
+    assert [g.dtype for g in pieces] == [torch.bfloat16] * 3
+    assert torch.equal(mine, sum(g.float() for g in pieces).bfloat16())
+    assert not torch.equal(mine, sum(pieces))
+
+
+def test_in_float16_the_gradients_of_a_mean_over_many_tokens_do_not_vanish() -> None:
+    """They are made before a scaler has enlarged them; a mean's, over 2048 tokens of a quiet head, would be all but gone."""
+    model = model_of(3, double=False)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.01)
+    tokens, targets = batch(model, size=64, length=T)
+    parameters = list(model.losses[0].blocks.parameters())
+
+    def made(half: bool) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total, _ = model.losses[0](model, *model.trunk(tokens), targets)
+        return torch.autograd.grad(total, parameters)
+
+    exact = made(False)
+    assert max((a - b).norm() / b.norm() for a, b in zip(made(True), exact, strict=True)) < 1e-2
+    largest = max(g.abs().max() for g in exact) / targets.numel()
+    assert largest < 2**-14  # numbers of one token are subnormal in float16
 
 
 # ---------------------------------------------------------------------- targets
@@ -284,6 +346,14 @@ def test_a_number_of_tokens_that_makes_no_sense_is_refused(n: int) -> None:
         tiny(losses=heads(n))
 
 
+def test_a_sequence_shorter_than_n_is_told() -> None:
+    model = model_of(4)
+    tokens, targets = batch(model, length=4)
+    assert model.objective(tokens, targets)[0].isfinite()
+    with pytest.raises(ValueError, match="MultiToken.n: 4 tokens to predict, but only 3 a sequence"):
+        model.objective(tokens[:, :3], targets[:, :3])
+
+
 def test_the_longest_n_leaves_one_target() -> None:
     model = model_of(T, n_layers=1, double=False)
     assert all(part.isfinite() for part in model.objective(*batch(model, length=T))[1].values())
@@ -363,6 +433,31 @@ def test_memory_does_not_grow_with_the_number_of_heads(autocast: bool) -> None:
     (naive_two, _), (naive_five, _) = (peak(n, lambda m, x, y: sum(twin(m, x, y)), autocast) for n in (2, 5))
     assert five - two < 3 * 3 * one
     assert naive_five - naive_two > 10 * (five - two)
+
+
+class Straight(nn.Linear):
+    """A block that multiplies the stream as it comes, without a norm before."""
+
+    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+        return super().forward(x)
+
+
+def test_autocast_keeps_no_cast_of_the_trunk() -> None:
+    """Until it ends it would keep one of each leaf that a matrix product reads, here of two bytes a number."""
+    alive = []
+    for size in (16, 48):
+        torch.manual_seed(0)
+        model = tiny(losses=heads(3))
+        model.losses[0].blocks = nn.ModuleList(Straight(D, D) for _ in range(2))
+        tokens, targets = batch(model, size=size, length=T)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            trunk, carry = model.trunk(tokens)
+        trunk.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), Memory() as memory:
+            total = model.losses[0](model, trunk, carry, targets)
+            alive.append(memory.live)
+        del total
+    assert abs((alive[1] - alive[0]) / (32 * T * D) - 12) < 0.1  # the trunk, x0 and the trunk's gradient, float32
 
 
 # ---------------------------------------------------------------------- compiled

@@ -437,3 +437,9 @@ def test_flops_a_token_are_the_closed_formula() -> None:
 def test_an_optimizer_that_does_not_fit_is_told(optimizer: type) -> None:
     with pytest.raises(ConfigError, match="model.optimizer: refuses the groups of this model: "):
         tiny(optimizer=optimizer).configure_optimizers()
+
+
+@pytest.mark.parametrize("p", [1.0, -0.1, float("nan")])
+def test_a_dropout_that_leaves_nothing_is_refused(p: float) -> None:
+    with pytest.raises(ValueError, match=r"model\.dropout: .* \(expected 0 or more, and below 1\)"):
+        tiny(dropout=p)

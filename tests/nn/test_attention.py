@@ -1,10 +1,12 @@
 """Attention against a twin that a reader can believe, in float64."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from helpers import SITE, D, attention, carry_of, heads, shake
+from helpers import SITE, D, attention, block, carry_of, heads, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,9 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blagpt_pl.nn.activation import GELU, ReLU2, SiLU
 from blagpt_pl.nn.attention.attention import Attention
+from blagpt_pl.nn.attention.core_dilated import Dilated
 from blagpt_pl.nn.attention.core_sdpa import SDPA
+from blagpt_pl.nn.attention.core_softcap import SoftCapped
 from blagpt_pl.nn.attention.edit_qk_norm import QKNorm
 from blagpt_pl.nn.attention.edit_rope import RoPE, angles, rotate
+from blagpt_pl.nn.attention.latent import LatentAttention
+from blagpt_pl.nn.attention.low_rank import LowRankAttention
 from blagpt_pl.nn.mlp import MLP, GatedMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
 
@@ -135,7 +141,58 @@ def test_a_mistake_is_told_when_building(changes: dict, message: str) -> None:
         attention(**changes)(SITE)
 
 
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("out_bias", [False, True])
+def test_each_bias_stands_where_its_flag_says(qkv_bias: bool, out_bias: bool) -> None:
+    linear = {
+        partial(attention()): {"qkv": qkv_bias, "out": out_bias},
+        partial(LowRankAttention, n_heads=4, core=SDPA, rank=3): {
+            "q": qkv_bias, "kv_down": False, "kv_up": qkv_bias, "out": out_bias,
+        },
+    }  # fmt: skip
+    for part, expected in linear.items():
+        module = part(SITE, qkv_bias=qkv_bias, out_bias=out_bias)
+        maps = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+        assert {name: m.bias is not None for name, m in maps.items()} == expected
+
+
+@pytest.mark.parametrize("core", [SoftCapped, partial(Dilated, segments=[8, 16], dilations=[1, 2])])
+def test_a_core_returns_the_dtype_of_its_values(core: Callable) -> None:
+    """Edits may leave queries and keys wide; SDPA refuses to mix."""
+    q, k = torch.randn(2, 4, 13, 8), torch.randn(2, 2, 13, 8)
+    v = torch.randn(2, 2, 13, 8).bfloat16()
+    y, exact = (core(heads(4, 2, 8))(q, k, values) for values in (v, v.float()))
+    assert y.dtype == torch.bfloat16
+    assert exact.dtype == torch.float32
+    assert (y - exact).abs().max() < 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan])
+def test_a_dropout_that_is_no_probability_is_refused(dropout: float) -> None:
+    """1 too: it would leave nothing."""
+    expected = rf"{dropout} \(expected 0 or more, and below 1\)"
+    with pytest.raises(ValueError, match=rf"layer 0: SDPA\.dropout: {expected}"):
+        SDPA(heads(4, 2, 8), dropout)
+    with pytest.raises(ValueError, match=rf"layer 0: Block\.dropout: {expected}"):
+        block(dropout=dropout)(SITE)
+
+
+def test_a_dropout_below_1_is_taken() -> None:
+    assert SDPA(heads(4, 2, 8), 0.99).dropout == block(dropout=0.99)(SITE).mlp.drop.p == 0.99
+
+
 # ---------------------------------------------------------------------- RoPE
+
+
+@pytest.mark.parametrize("theta", [0.0, -1e4, math.inf, math.nan])
+def test_a_base_without_frequencies_is_refused(theta: float) -> None:
+    sizes = {"kv_rank": 6, "nope_dim": 4, "rope_dim": 4, "v_dim": 8}
+    for name, build in {
+        "RoPE": lambda: RoPE(heads(4, 2, 8), theta),
+        "LatentAttention": lambda: LatentAttention(SITE, 4, SDPA, RMSNorm, **sizes, theta=theta),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}\.theta: {theta} \(expected a positive number, such as 10000"):
+            build()
 
 
 @settings(deadline=None, max_examples=40)
@@ -201,6 +258,15 @@ def test_a_zero_vector_stays_zero(norm: type) -> None:
     assert torch.equal(norm(D)(torch.zeros(2, D)), torch.zeros(2, D))
 
 
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+def test_an_eps_below_0_is_refused(norm: type) -> None:
+    for eps in (-1e-6, math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"^{norm.__name__}\.eps: {eps} \(expected 0 or a positive number"):
+            norm(D, eps)
+    y = norm(D, 0.0)(1e-9 * torch.randn(2, 5, D))  # 0 is an eps: however small the input, the output has its size
+    assert (y.square().mean(-1) - 1).abs().max() < 1e-5
+
+
 def test_activations_equal_their_formulas() -> None:
     x = torch.linspace(-6, 6, 201, dtype=torch.float64)
     tanh = 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
@@ -226,6 +292,16 @@ def test_mlps_equal_their_formulas(bias: bool) -> None:
     gate, up = hidden[..., :48], hidden[..., 48:]
     expected = (gate * torch.sigmoid(gate) * up) @ gated.down.weight.T + (gated.down.bias if bias else zero)
     assert (gated(x, carry_of(x)) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 0.5 / D, math.inf, math.nan])
+def test_a_ratio_that_leaves_no_hidden_number_is_refused(ratio: float) -> None:
+    for part in (partial(MLP, activation=GELU), partial(GatedMLP, activation=SiLU)):
+        name = part.func.__name__
+        message = rf"^layer 0: {name}\.ratio: {ratio} leaves no hidden number at d_model=32 \(expected 0.03125 or more"
+        with pytest.raises(ValueError, match=message):
+            part(SITE, ratio=ratio)
+        assert part(SITE, ratio=1 / D).down.in_features == 1
 
 
 def test_the_gate_is_not_symmetric() -> None:

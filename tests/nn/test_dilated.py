@@ -156,6 +156,13 @@ def test_bfloat16_is_computed_in_float32_also_under_autocast() -> None:
     assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()  # the rounding of the result, nothing more
 
 
+def test_without_memory_it_has_the_shape_of_its_values() -> None:
+    """On the meta device, where sizes are planned and autocast is unknown."""
+    core, (q, k, v) = dilated([(4, 1), (8, 2)], 4, 2, values=9), qkv(4, 2, 13, values=9)
+    y = core(*(x.to("meta", dtype) for x, dtype in ((q, torch.float32), (k, torch.float32), (v, torch.bfloat16))))
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 4, 13, 9), torch.bfloat16)
+
+
 def test_each_sequence_is_alone() -> None:
     """Weights made stable with the batch's largest score, as in BlaGPT, would not pass."""
     core, (q, k, v) = dilated([(4, 1), (8, 2)], 4, 2), qkv(4, 2, 21)

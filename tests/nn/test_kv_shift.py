@@ -77,6 +77,19 @@ def test_inputs_are_left_alone_and_types_kept() -> None:
         assert all(map(torch.equal, qkv, before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the parameters: under autocast, and all 16 bit
+def test_bf16_heads_are_mixed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    edit = shake(KVShift(heads(4, 2, 8)), std=0.5).to(dtype)
+    q, k, v = projected(4, 2, 99, torch.bfloat16)
+    _, *mixtures = edit(q, k, v, carry_of(v))
+    numbers = [(edit.k_now, edit.k_past), (edit.v_now, edit.v_past)]
+    for y, x, (now, past) in zip(mixtures, (k, v), numbers, strict=True):
+        before = F.pad(x.float()[:, :, :-1], (0, 0, 1, 0))
+        a, b = now.float()[:, None, None] * x.float(), past.float()[:, None, None] * before
+        assert torch.equal(y, (a + b).bfloat16())
+        assert not torch.equal(y, a.bfloat16() + b.bfloat16())  # as it would be in bfloat16
+
+
 def test_the_start_is_a_mean_of_the_two() -> None:
     edit = KVShift(heads(512, 256, 8))
     for now, past in ((edit.k_now, edit.k_past), (edit.v_now, edit.v_past)):

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,24 @@ def test_eager_equals_a_loop_for_any_shape(groups: int, each: int, length: int, 
     assert (eager(q, k, v, 9.0) - oracle(q, k, v, 9.0)).abs().max() < 1e-12
 
 
+def test_bf16_scores_are_capped_and_normalised_in_float32() -> None:
+    """Only the probabilities are rounded, before they meet the values, and the result."""
+    q, k, v = (x.bfloat16() for x in qkv(n_kv=4, length=200, dtype=torch.float32))
+    past = torch.ones(200, 200, dtype=torch.bool).tril()
+
+    def through(scores: Tensor) -> Tensor:
+        scores = 20 * torch.tanh(scores * 8**-0.5 / 20)
+        return scores.masked_fill(~past, -torch.inf).softmax(-1).bfloat16() @ v
+
+    exact = through(q.double() @ k.double().mT)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = eager(q, k, v, 20.0)
+        assert y.dtype == torch.bfloat16
+        assert (y - exact).abs().max() < 2**-8 * exact.abs().max()
+    assert (through(q @ k.mT) - exact).abs().max() > 2**-6 * exact.abs().max()  # as it would be in bfloat16
+
+
 def test_a_distant_cap_is_plain_attention() -> None:
     q, k, v = qkv()
     plain = SDPA(heads(4, 2, 8))(q, k, v)
@@ -203,6 +222,49 @@ def test_a_block_compiles_with_it_as_one_graph(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(core_softcap, "eager", flex)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
     assert (compiled(x, carry_of(x)) - y).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dim", "values", "expected"),
+    [
+        ("cuda", torch.bfloat16, 16, 16, "fused"),
+        ("cuda", torch.float32, 64, 32, "fused"),
+        ("cuda", torch.bfloat16, 15, 16, "eager"),  # the kernel begins at 16, for queries and for values
+        ("cuda", torch.bfloat16, 16, 15, "eager"),
+        ("cuda", torch.float64, 64, 64, "eager"),
+        ("cpu", torch.bfloat16, 64, 64, "eager"),
+    ],
+)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_which_form_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    dim: int,
+    values: int,
+    expected: str,
+    compiling: bool,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(core_softcap, "eager", lambda q, k, v, cap: ("eager", q, k, v, cap))
+    monkeypatch.setattr(core_softcap, "flex", lambda q, k, v, cap: ("flex", q, k, v, cap))
+    monkeypatch.setattr(core_softcap, "fused", lambda: lambda q, k, v, cap: ("fused", q, k, v, cap))
+    q, k, v = (
+        SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, n, 13, width))
+        for n, width in ((4, dim), (2, dim), (2, values))
+    )
+    form = "flex" if compiling and expected == "fused" else expected  # a block that is compiled: one graph
+    assert SoftCapped(Heads(SITE, 4, 2, dim, values), 7.0).forward(q, k, v) == (form, q, k, v, 7.0)
+
+
+def test_fused_is_what_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda f, **how: (f, how))
+    assert core_softcap.fused.__wrapped__() == (flex_if_compiled, {"dynamic": False})
+    monkeypatch.setattr(core_softcap, "eager", lambda *_: "eager")
+    monkeypatch.setattr(core_softcap, "flex", lambda *_: "flex")
+    for compiling, form in ((True, "flex"), (False, "eager")):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        assert flex_if_compiled(None, None, None, 7.0) == form
 
 
 @pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile.*")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Core, Heads, wide
 
 
@@ -131,7 +132,7 @@ class Dilated(Core):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, length, dtype = self.heads.n, q.shape[2], v.dtype
-        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+        with without_autocast(q.device):  # it would round the scores
             q, k, v = wide(q), wide(k), wide(v)
             if length % self.period:
                 q, k, v = (F.pad(x, (0, 0, 0, -length % self.period)) for x in (q, k, v))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blagpt_pl.nn.base import Core, Heads
+from blagpt_pl.nn.dropout import probability
 
 
 class SDPA(Core):
@@ -20,12 +21,15 @@ class SDPA(Core):
     Args:
         heads: the attention's heads.
         dropout: probability of dropping an attention weight in training.
+
+    Raises:
+        ValueError: a dropout that is no probability, or that drops everything.
     """
 
     def __init__(self, heads: Heads, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = probability(f"layer {heads.site.layer}: SDPA.dropout", dropout)
 
     def flops_per_token(self, context: int) -> int:
         h = self.heads

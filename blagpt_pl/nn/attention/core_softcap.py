@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Core, Heads, wide
 from blagpt_pl.nn.softcap import checked, soft_cap
 
@@ -31,7 +32,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     """The naive twin: q (B, H, T, K), k (B, G, T, K), v (B, G, T, K') -> (B, H, T, K'); scores (B, H, T, T) in memory."""
     n, length = q.shape[1:3]
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, G, H / G · T, K): k is never repeated
-    scores = wide(grouped @ k.transpose(-2, -1)).unflatten(2, (-1, length)) * q.shape[-1] ** -0.5  # (B, G, H / G, T, T)
+    with without_autocast(q.device):  # it would round the scores
+        scores = (wide(grouped) @ wide(k).mT).unflatten(2, (-1, length)) * q.shape[-1] ** -0.5  # (B, G, H / G, T, T)
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     p = soft_cap(scores, cap).masked_fill(~past, -torch.inf).softmax(-1).to(v.dtype)
     return (p.flatten(2, 3) @ v).reshape(len(q), n, length, -1)  # (B, H, T, K')
@@ -45,8 +47,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
 
     length = q.shape[2]
     mask = create_block_mask(causal, None, None, length, length, device=q.device)
-    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast an edit's float32 gain may have widened one of them
-    return flex_attention(q, k, v, capped, mask, enable_gqa=q.shape[1] != k.shape[1])
+    k, same = k.to(q.dtype), v.to(q.dtype)  # under autocast an edit's float32 gain may have widened one of them
+    return flex_attention(q, k, same, capped, mask, enable_gqa=q.shape[1] != k.shape[1]).to(v.dtype)
 
 
 def flex_if_compiled(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:

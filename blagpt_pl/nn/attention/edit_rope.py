@@ -7,10 +7,23 @@ Differs  angles and rotation in float32 whatever the heads' dtype; computed wher
 Cost     no parameters; T · K/2 sines and cosines a layer, fused into the rotation when compiled
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from blagpt_pl.nn.base import Carry, HeadEdit, Heads, wide
+
+
+def checked(socket: str, theta: float) -> float:
+    """A base of the frequencies.
+
+    Raises:
+        ValueError: it is not a positive, finite number.
+    """
+    if not 0 < theta < math.inf:
+        raise ValueError(f"{socket}: {theta} (expected a positive number, such as 10000.0)")
+    return float(theta)
 
 
 def angles(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
@@ -32,13 +45,16 @@ class RoPE(HeadEdit):
     Args:
         heads: the attention's heads.
         theta: base of the frequencies; larger turns the slow ones slower.
+
+    Raises:
+        ValueError: an odd width of a head, or a base that is not positive and finite.
     """
 
     def __init__(self, heads: Heads, theta: float = 10000.0) -> None:
         super().__init__()
         if heads.dim % 2:
             raise ValueError(f"layer {heads.site.layer}: RoPE pairs numbers, so head_dim={heads.dim} must be even")
-        self.theta = theta
+        self.theta = checked("RoPE.theta", theta)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
         angle = angles(q.shape[-2], q.shape[-1], self.theta, q.device)

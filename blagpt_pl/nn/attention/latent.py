@@ -15,7 +15,7 @@ Cost     D H K + D (kv + rope) + kv H (nope + v) + H v D weights (kv: kv_rank, v
 import torch
 from torch import Tensor, nn
 
-from blagpt_pl.nn.attention.edit_rope import angles, rotate
+from blagpt_pl.nn.attention.edit_rope import angles, checked, rotate
 from blagpt_pl.nn.base import Carry, CoreFactory, Heads, NormFactory, OutputLinear, SequenceMixer, Site, built
 
 
@@ -35,7 +35,7 @@ class LatentAttention(SequenceMixer):
         theta: base of RoPE's frequencies.
 
     Raises:
-        ValueError: a width below 1, or an odd rope_dim.
+        ValueError: a width below 1, an odd rope_dim, or a theta that is not positive and finite.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LatentAttention(SequenceMixer):
         self.heads = Heads(site, n_heads, n_heads, nope_dim + rope_dim, v_dim)
         self.latent = [kv_rank, rope_dim]
         self.rotary = [nope_dim, rope_dim]
-        self.theta = theta
+        self.theta = checked("LatentAttention.theta", theta)
         d, width = site.d_model, n_heads * self.heads.dim  # D, H K
         if q_rank is None:
             self.q = nn.Linear(d, width, bias=False)
