@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import lightning as L
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -257,7 +258,8 @@ class LanguageModel(L.LightningModule):
         self._configured = True
         if self._backend is not None:
             torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
-            torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
+            if hasattr(torch._functorch.config, "backward_pass_autocast"):  # not in every torch that we allow
+                torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
             for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
                 region.compile(backend=self._backend, fullgraph=True, dynamic=False)
             self._summed = torch.compile(summed, backend=self._backend, dynamic=False)

@@ -84,3 +84,14 @@ def shake(module: nn.Module, std: float = 0.05, seed: int = 0) -> nn.Module:
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=std)
     return module
+
+
+@torch.no_grad()
+def copy_mlp_and_norms(mine: Block, layer: nn.Module) -> None:
+    """Write our gated MLP and norms into a layer of the Llama family."""
+    gate, up = mine.mlp.part.gate_up.weight.chunk(2)
+    layer.mlp.gate_proj.weight.copy_(gate)
+    layer.mlp.up_proj.weight.copy_(up)
+    layer.mlp.down_proj.weight.copy_(mine.mlp.part.down.weight)
+    layer.input_layernorm.weight.copy_(mine.attention.norm.weight)
+    layer.post_attention_layernorm.weight.copy_(mine.mlp.norm.weight)

@@ -7,16 +7,7 @@ Cost     the mask's memory; nothing where p = 0
 
 from torch import nn
 
-
-def probability(socket: str, p: float) -> float:
-    """A probability of dropping that leaves something.
-
-    Raises:
-        ValueError: it is no probability, or drops everything.
-    """
-    if not 0 <= p < 1:
-        raise ValueError(f"{socket}: {p} (expected 0 or more, and below 1)")
-    return p
+from blagpt_pl.nn.checks import probability
 
 
 def dropout(socket: str, p: float) -> nn.Module:

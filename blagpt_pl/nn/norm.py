@@ -6,24 +6,12 @@ Differs    statistics in float32 whatever the input's dtype; the result has the 
 Cost       D parameters (LayerNorm: 2 D, or D, or none), no matmul
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blagpt_pl.nn.base import Norm, wide
-
-
-def checked(socket: str, eps: float) -> float:
-    """An eps that a mean of squares can be raised by.
-
-    Raises:
-        ValueError: it is negative or not finite.
-    """
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{socket}: {eps} (expected 0 or a positive number, such as 1e-6)")
-    return eps
+from blagpt_pl.nn.checks import not_negative
 
 
 class RMSNorm(Norm):
@@ -39,7 +27,7 @@ class RMSNorm(Norm):
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = checked("RMSNorm.eps", eps)
+        self.eps = not_negative("RMSNorm.eps", eps, "1e-6")
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +50,7 @@ class LayerNorm(Norm):
     def __init__(self, dim: int, eps: float = 1e-5, bias: bool = True, gain: bool = True) -> None:
         super().__init__()
         self.dim = dim
-        self.eps = checked("LayerNorm.eps", eps)
+        self.eps = not_negative("LayerNorm.eps", eps, "1e-5")
         self.weight = nn.Parameter(torch.ones(dim)) if gain else None
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 

@@ -6,23 +6,16 @@ Differs  never in place: the backward pass of tanh reads its own output; SoftCap
 Cost     one tanh a number, no parameters
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from blagpt_pl.nn.base import wide
+from blagpt_pl.nn.checks import positive
 
 
-def checked(socket: str, cap: float) -> float:
-    """A cap that caps.
-
-    Raises:
-        ValueError: it is not a positive, finite number.
-    """
-    if not 0 < cap < math.inf:
-        raise ValueError(f"{socket}: {cap} (expected a positive number, such as 30.0; leave it out for no cap)")
-    return float(cap)
+def a_cap(socket: str, cap: float) -> float:
+    """A cap that caps: positive and finite."""
+    return positive(socket, cap, "30.0; leave it out for no cap")
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -40,7 +33,7 @@ class SoftCap(nn.Module):
 
     def __init__(self, cap: float, socket: str = "cap") -> None:
         super().__init__()
-        self.cap = checked(socket, cap)
+        self.cap = a_cap(socket, cap)
 
     def forward(self, x: Tensor) -> Tensor:
         return soft_cap(wide(x), self.cap).to(x.dtype)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import attention, block, shake, tiny, tiny_gpt2
+from helpers import attention, block, copy_mlp_and_norms, shake, tiny, tiny_gpt2
 from torch import Tensor, nn
 
 from blagpt_pl.models.blagpt import BlaGPT
@@ -64,12 +64,7 @@ def copy_llama(model: BlaGPT, reference: nn.Module) -> None:
             if isinstance(edit, QKNorm):
                 other.q_norm.weight.copy_(edit.q.weight)
                 other.k_norm.weight.copy_(edit.k.weight)
-        gate, up = mine.mlp.part.gate_up.weight.chunk(2)
-        layer.mlp.gate_proj.weight.copy_(gate)
-        layer.mlp.up_proj.weight.copy_(up)
-        layer.mlp.down_proj.weight.copy_(mine.mlp.part.down.weight)
-        layer.input_layernorm.weight.copy_(mine.attention.norm.weight)
-        layer.post_attention_layernorm.weight.copy_(mine.mlp.norm.weight)
+        copy_mlp_and_norms(mine, layer)
 
 
 @torch.no_grad()

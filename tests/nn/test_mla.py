@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SITE, D, attention, block, carry_of, heads, qk_norm, shake, tiny
+from helpers import SITE, D, attention, block, carry_of, copy_mlp_and_norms, heads, qk_norm, shake, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,12 +115,7 @@ def copy_deepseek(model: BlaGPT, reference: nn.Module, interleaved: bool) -> Non
         other.kv_a_layernorm.weight.copy_(part.kv_norm.weight)
         other.kv_b_proj.weight.copy_(part.kv_up.weight)
         other.o_proj.weight.copy_(part.out.weight)
-        gate, up = mine.mlp.part.gate_up.weight.chunk(2)
-        layer.mlp.gate_proj.weight.copy_(gate)
-        layer.mlp.up_proj.weight.copy_(up)
-        layer.mlp.down_proj.weight.copy_(mine.mlp.part.down.weight)
-        layer.input_layernorm.weight.copy_(mine.attention.norm.weight)
-        layer.post_attention_layernorm.weight.copy_(mine.mlp.norm.weight)
+        copy_mlp_and_norms(mine, layer)
 
 
 @pytest.mark.parametrize("q_rank", [None, 10])

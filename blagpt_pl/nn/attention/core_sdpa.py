@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blagpt_pl.nn.base import Core, Heads
-from blagpt_pl.nn.dropout import probability
+from blagpt_pl.nn.checks import probability
 
 
 class SDPA(Core):

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Core, Heads, wide
-from blagpt_pl.nn.softcap import checked, soft_cap
+from blagpt_pl.nn.softcap import a_cap, soft_cap
 
 NARROWEST = 16  # head width that flex_attention's kernels begin at
 
@@ -73,7 +73,7 @@ class SoftCapped(Core):
     def __init__(self, heads: Heads, cap: float = 50.0) -> None:
         super().__init__()
         self.heads = heads
-        self.cap = checked("SoftCapped.cap", cap)
+        self.cap = a_cap("SoftCapped.cap", cap)
 
     def flops_per_token(self, context: int) -> int:
         h = self.heads

@@ -7,23 +7,11 @@ Differs  angles and rotation in float32 whatever the heads' dtype; computed wher
 Cost     no parameters; T · K/2 sines and cosines a layer, fused into the rotation when compiled
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from blagpt_pl.nn.base import Carry, HeadEdit, Heads, wide
-
-
-def checked(socket: str, theta: float) -> float:
-    """A base of the frequencies.
-
-    Raises:
-        ValueError: it is not a positive, finite number.
-    """
-    if not 0 < theta < math.inf:
-        raise ValueError(f"{socket}: {theta} (expected a positive number, such as 10000.0)")
-    return float(theta)
+from blagpt_pl.nn.checks import positive
 
 
 def angles(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
@@ -54,7 +42,7 @@ class RoPE(HeadEdit):
         super().__init__()
         if heads.dim % 2:
             raise ValueError(f"layer {heads.site.layer}: RoPE pairs numbers, so head_dim={heads.dim} must be even")
-        self.theta = checked("RoPE.theta", theta)
+        self.theta = positive("RoPE.theta", theta, "10000.0")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
         angle = angles(q.shape[-2], q.shape[-1], self.theta, q.device)

@@ -15,8 +15,9 @@ Cost     D H K + D (kv + rope) + kv H (nope + v) + H v D weights (kv: kv_rank, v
 import torch
 from torch import Tensor, nn
 
-from blagpt_pl.nn.attention.edit_rope import angles, checked, rotate
+from blagpt_pl.nn.attention.edit_rope import angles, rotate
 from blagpt_pl.nn.base import Carry, CoreFactory, Heads, NormFactory, OutputLinear, SequenceMixer, Site, built
+from blagpt_pl.nn.checks import positive
 
 
 class LatentAttention(SequenceMixer):
@@ -63,7 +64,7 @@ class LatentAttention(SequenceMixer):
         self.heads = Heads(site, n_heads, n_heads, nope_dim + rope_dim, v_dim)
         self.latent = [kv_rank, rope_dim]
         self.rotary = [nope_dim, rope_dim]
-        self.theta = checked("LatentAttention.theta", theta)
+        self.theta = positive("LatentAttention.theta", theta, "10000.0")
         d, width = site.d_model, n_heads * self.heads.dim  # D, H K
         if q_rank is None:
             self.q = nn.Linear(d, width, bias=False)
