@@ -57,13 +57,13 @@ class HeadPipeline(SequenceMixer, ABC):
 
     @abstractmethod
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> q (B, H, T, K), k and v (B, G, T, K)."""
+        """(B, T, D) -> q (B, H, T, K), k (B, G, T, K), v (B, G, T, K) or of another width."""
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         q, k, v = self.project(x)
         for edit in self.edits:
             q, k, v = edit(q, k, v, carry)
-        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))  # (B, T, H K) -> (B, T, D)
+        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))  # (B, T, H · width of v) -> (B, T, D)
 
 
 class Attention(HeadPipeline):

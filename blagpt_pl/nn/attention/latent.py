@@ -15,12 +15,13 @@ Cost     D H K + D (kv + rope) + kv H (nope + v) + H v D weights (kv: kv_rank, v
 import torch
 from torch import Tensor, nn
 
+from blagpt_pl.nn.attention.attention import HeadPipeline
 from blagpt_pl.nn.attention.edit_rope import angles, rotate
-from blagpt_pl.nn.base import Carry, CoreFactory, Heads, NormFactory, OutputLinear, SequenceMixer, Site, built
+from blagpt_pl.nn.base import CoreFactory, Heads, NormFactory, OutputLinear, Site, built
 from blagpt_pl.nn.checks import positive
 
 
-class LatentAttention(SequenceMixer):
+class LatentAttention(HeadPipeline):
     """Multi-head latent attention.
 
     Args:
@@ -52,7 +53,6 @@ class LatentAttention(SequenceMixer):
         q_rank: int | None = None,
         theta: float = 10000.0,
     ) -> None:
-        super().__init__()
         sizes = {"n_heads": n_heads, "kv_rank": kv_rank, "nope_dim": nope_dim, "rope_dim": rope_dim, "v_dim": v_dim}
         for name, size in {**sizes, "q_rank": 1 if q_rank is None else q_rank}.items():
             if size < 1:
@@ -61,7 +61,7 @@ class LatentAttention(SequenceMixer):
             raise ValueError(
                 f"layer {site.layer}: RoPE pairs numbers, so rope_dim={rope_dim} must be even, such as {rope_dim + 1}"
             )
-        self.heads = Heads(site, n_heads, n_heads, nope_dim + rope_dim, v_dim)
+        super().__init__(Heads(site, n_heads, n_heads, nope_dim + rope_dim, v_dim), core, edits=None)
         self.latent = [kv_rank, rope_dim]
         self.rotary = [nope_dim, rope_dim]
         self.theta = positive("LatentAttention.theta", theta, "10000.0")
@@ -74,7 +74,6 @@ class LatentAttention(SequenceMixer):
         self.kv_down = nn.Linear(d, kv_rank + rope_dim, bias=False)
         self.kv_norm = built("attention.norm", norm, kv_rank)
         self.kv_up = nn.Linear(kv_rank, n_heads * (nope_dim + v_dim), bias=False)
-        self.core = built("attention.core", core, self.heads)
         self.out = OutputLinear(n_heads * v_dim, d, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +87,3 @@ class LatentAttention(SequenceMixer):
         angle = angles(x.shape[1], self.rotary[1], self.theta, x.device)
         k_rope = rotate(k_rope, angle)[:, None].expand(-1, h.n, -1, -1)  # (B, H, T, rope), one in memory
         return torch.cat((q_nope, rotate(q_rope, angle)), dim=-1), torch.cat((k_nope, k_rope), dim=-1), v
-
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
-        return self.out(self.core(*self.project(x)).transpose(1, 2).flatten(2))  # (B, T, H v_dim) -> (B, T, D)
