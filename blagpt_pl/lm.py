@@ -5,7 +5,7 @@ and returns the last one's loss for Lightning to finish, so that automatic optim
 optimizer steps and nothing else (docs/architecture.md, "One batch is one step").
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import lightning as L
 import torch
@@ -46,6 +46,7 @@ class LanguageModel(L.LightningModule):
     """
 
     head: Head
+    exempt: Mapping[str, str] = {}  # promises of `testing` that the model does not make, each with its reason
 
     def __init__(
         self,
@@ -64,8 +65,8 @@ class LanguageModel(L.LightningModule):
         self.seed = torch.initial_seed()
         self.ruler = Ruler()
         self.losses = nn.ModuleList()
-        self._optimizer = optimizer
-        self._schedule = schedule
+        self.optimizer_factory = optimizer
+        self.schedule_factory = schedule
         self._backend = compile
         self._configured = False
         self._summed = summed
@@ -257,26 +258,38 @@ class LanguageModel(L.LightningModule):
             return
         self._configured = True
         if self._backend is not None:
-            torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
-            if hasattr(torch._functorch.config, "backward_pass_autocast"):  # not in every torch that we allow
-                torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
-            for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
-                region.compile(backend=self._backend, fullgraph=True, dynamic=False)
-            self._summed = torch.compile(summed, backend=self._backend, dynamic=False)
+            self.compile_regions(self._backend)
         if self.device_mesh is not None:
             shard(self, self.regions(), self.device_mesh)
 
-    def configure_optimizers(self) -> dict:
-        """One optimizer over the groups of `parameter_roles`, and the schedule over all of its groups."""
+    def compile_regions(self, backend: str | Callable) -> None:
+        """Compile in place, each as one graph: the regions of the model and of its terms, and the loss of a chunk."""
+        torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
+        if hasattr(torch._functorch.config, "backward_pass_autocast"):  # not in every torch that we allow
+            torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
+        for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
+            region.compile(backend=backend, fullgraph=True, dynamic=False)
+        self._summed = torch.compile(summed, backend=backend, dynamic=False)
+
+    def make_optimizer(self) -> Optimizer:
+        """One optimizer over the groups of `parameter_roles`.
+
+        Raises:
+            ConfigError: it does not take them.
+        """
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
         groups = groups_by_role(named, self.parameter_roles())
         try:
-            optimizer = self._optimizer(groups)
+            return self.optimizer_factory(groups)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.optimizer: refuses the groups of this model: {error}") from error
+
+    def configure_optimizers(self) -> dict:
+        """The optimizer, and the schedule over all of its groups."""
+        optimizer = self.make_optimizer()
         scheduler = self.configure_schedule(self.trainer).on(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_schedule(self, trainer: L.Trainer) -> Schedule:
         """The schedule of a run; a trial of a few steps (fast_dev_run) has a constant one, since none would fit."""
-        return Constant(1) if trainer.fast_dev_run else self._schedule(trainer.max_steps)
+        return Constant(1) if trainer.fast_dev_run else self.schedule_factory(trainer.max_steps)

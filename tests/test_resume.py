@@ -93,7 +93,7 @@ def fit(
         schedule=partial(Trapezoid, warmup=3, warmdown=4),
     )
     if max_steps != STEPS:
-        model._schedule = lambda steps: Trapezoid(STEPS, 3, 4)  # the run's own schedule, whatever its length
+        model.schedule_factory = lambda steps: Trapezoid(STEPS, 3, 4)  # the run's own schedule, whatever its length
     watch = Watch()
     trainer = L.Trainer(
         max_epochs=-1, max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False,
