@@ -5,6 +5,7 @@ and returns the last one's loss for Lightning to finish, so that automatic optim
 optimizer steps and nothing else (docs/architecture.md, "One batch is one step").
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 import lightning as L
@@ -19,7 +20,7 @@ from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
 from blagpt_pl.losses.objective import objective
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, Head
-from blagpt_pl.nn.flops import training_flops
+from blagpt_pl.nn.flops import CannotCount, count_flops
 from blagpt_pl.nn.roles import roles_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
@@ -46,7 +47,9 @@ class LanguageModel(L.LightningModule):
     """
 
     head: Head
-    exempt: Mapping[str, str] = {}  # promises of `testing` that the model does not make, each with its reason
+    exempt: Mapping[
+        str, str
+    ] = {}  # promises of `testing` that are not made, each with its reason; any part may have such, too
 
     def __init__(
         self,
@@ -67,8 +70,10 @@ class LanguageModel(L.LightningModule):
         self.losses = nn.ModuleList()
         self.optimizer_factory = optimizer
         self.schedule_factory = schedule
-        self._backend = compile
+        self.backend = compile
         self._configured = False
+        self._counted = False
+        self._flops: int | None = None
         self._summed = summed
         self._window = Window()
         self._grad_norm: Tensor | None = None
@@ -131,10 +136,14 @@ class LanguageModel(L.LightningModule):
         """The role of every distinct parameter by its name: embedding, head, matrix or vector (`optim.roles`)."""
         return roles_of(self, self.head)
 
-    def flops_per_token(self) -> int:
-        """Forward and backward, at the full context (`nn.flops`)."""
-        passes = 1 + sum(term.head_passes for term in self.losses)
-        return training_flops(self, self.head, passes, self.parameter_roles(), self.context)
+    def flops_per_token(self) -> int | None:
+        """Forward and backward, at the full context, counted once (`nn.flops`); None where not all of it can be counted."""
+        if not self._counted:
+            self._counted = True
+            with contextlib.suppress(CannotCount):
+                flops = count_flops(self, self.context)
+                self._flops = None if flops.uncounted else flops.per_token
+        return self._flops
 
     def generate(
         self,
@@ -257,9 +266,10 @@ class LanguageModel(L.LightningModule):
         if self._configured:
             return
         self._configured = True
-        if self._backend is not None:
-            self.compile_regions(self._backend)
+        if self.backend is not None:
+            self.compile_regions(self.backend)
         if self.device_mesh is not None:
+            self.flops_per_token()  # a sharded model cannot be copied
             shard(self, self.regions(), self.device_mesh)
 
     def compile_regions(self, backend: str | Callable) -> None:

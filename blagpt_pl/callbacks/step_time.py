@@ -13,11 +13,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from blagpt_pl.flops import peak_flops
+from blagpt_pl.devices import peak_flops
 
 
 class StepTime(L.Callback):
-    """Logs perf/step_ms, perf/tokens_per_s and, where the device's peak is known, perf/mfu.
+    """Logs perf/step_ms, perf/tokens_per_s and, where the device's peak and all FLOPs of the model are known, perf/mfu.
 
     Args:
         warmup: steps left out after a start or a resume.
@@ -58,8 +58,8 @@ class StepTime(L.Callback):
     def _scalars(self, step_ms: float, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         rate = self.tokens_per_step / (step_ms / 1e3)
         scalars = {"perf/step_ms": step_ms, "perf/tokens_per_s": rate}
-        if peak := peak_flops(pl_module.device):
-            scalars["perf/mfu"] = rate * pl_module.flops_per_token() / (peak * trainer.world_size)
+        if (peak := peak_flops(pl_module.device)) and (flops := pl_module.flops_per_token()):
+            scalars["perf/mfu"] = rate * flops / (peak * trainer.world_size)
         return scalars
 
     def _mark(self, device: torch.device) -> None:
