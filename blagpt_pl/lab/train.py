@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.callbacks.stop import GracefulStop
 from blagpt_pl.callbacks.vram import PeakVRAM
 from blagpt_pl.data.module import TokenData
-from blagpt_pl.errors import ConfigError, UserError
+from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import parts, runs
 from blagpt_pl.lab.checkpoint_layer import checkpoint_layer
-from blagpt_pl.lab.explain import explain, needs_base, why
+from blagpt_pl.lab.explain import explained, needs_base, refusals
 from blagpt_pl.lab.layers import from_arguments
-from blagpt_pl.lab.parser import Complaint, FriendlyParser
+from blagpt_pl.lab.parser import FriendlyParser
 from blagpt_pl.lab.quiet import quiet
 from blagpt_pl.lab.rules import check_parsed, check_tree
 from blagpt_pl.lm import LanguageModel
@@ -112,13 +111,10 @@ class BlagptCLI(LightningCLI):
             check_parsed(self.settings, self.command)
 
     def instantiate_classes(self) -> None:
-        try:
+        with refusals():
             super().instantiate_classes()
             if self._runs and self.command == "fit":
                 self.model.configure_schedule(self.trainer)
-        except ValueError as error:  # a part says what is wrong with its values
-            cause = error if isinstance(error, UserError) else why(error)
-            raise cause if isinstance(cause, UserError) else ConfigError(str(cause).splitlines()[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = self._get(self.config_init, "trainer")
@@ -196,12 +192,6 @@ def run(command: str, argv: list[str]) -> None:
     elif "--help" not in layers.rest and needs_base(layers.tree):
         other = "" if command == "fit" else ", or --ckpt_path FILE"
         raise ConfigError(f"model: no layer names its class; fix: name a complete --config first{other}")
-    try:
+    with explained(layers):
         check_tree(layers.tree)
         BlagptCLI(command, layers.tree, layers.rest)
-    except Complaint as complaint:
-        raise ConfigError(explain(str(complaint), layers)) from None
-    except ConfigError as error:
-        field = str(error).partition(":")[0]
-        where = layers.where(field) if re.fullmatch(r"[\w.]+", field) else ""
-        raise ConfigError(f"{error}{where}") from error.__cause__

@@ -6,6 +6,7 @@ Cost     that of its parts
 """
 
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,13 @@ class BlaGPT(LanguageModel):
         dropout: probability of dropping an element of the embeddings in training.
         compile: backend of torch.compile for the blocks and the loss, or None to run eagerly.
     """
+
+    sizes: ClassVar[dict[str, str]] = {
+        "d_model": "width",
+        "n_layers": "layers",
+        "vocab_size": "vocabulary",
+        "context": "tokens",
+    }
 
     def __init__(
         self,

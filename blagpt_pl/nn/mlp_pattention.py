@@ -5,6 +5,8 @@ Formula  y = Pattention(x): an MLP of one hidden layer, N wide, whose hidden num
 Cost     2 D N weights
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from blagpt_pl.nn.base import Carry, ChannelMixer, Site
@@ -18,6 +20,8 @@ class PattentionMLP(ChannelMixer):
         site: where it stands.
         n_tokens: N, parameter tokens.
     """
+
+    sizes: ClassVar[dict[str, str]] = {"n_tokens": "width"}
 
     def __init__(self, site: Site, n_tokens: int) -> None:
         super().__init__()

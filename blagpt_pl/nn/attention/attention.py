@@ -7,10 +7,13 @@ Cost     D (H + 2 G) K + H K D weights
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from blagpt_pl.nn.base import Carry, CoreFactory, HeadEditFactory, Heads, OutputLinear, SequenceMixer, Site, built
+
+HEAD_SIZES = {"n_heads": "heads", "n_kv_heads": "heads", "head_dim": "head"}  # what `heads_of` is given, for `sizes`
 
 
 def heads_of(site: Site, n_heads: int, n_kv_heads: int | None, head_dim: int | None) -> Heads:
@@ -81,6 +84,8 @@ class Attention(HeadPipeline):
         qkv_bias: whether the projections to q, k and v have a bias.
         out_bias: whether the projection back has one.
     """
+
+    sizes: ClassVar[dict[str, str]] = HEAD_SIZES
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ Cost     2 K H T Σ_j w_j / r_j² multiply-adds a sequence (causal; each of T/r_
 import math
 from collections.abc import Callable, Iterable
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +92,8 @@ class Dilated(Core):
             written twice changes nothing when it is alone; beside others it would be a weight, at the price of a branch.)
     """
 
+    sizes: ClassVar[dict[str, str]] = {"segments": "tokens", "dilations": "strides"}
+
     def __init__(self, heads: Heads, segments: list[int], dilations: list[int]) -> None:
         super().__init__()
         where = f"layer {heads.site.layer}: Dilated."
@@ -121,6 +124,8 @@ class Dilated(Core):
         self.branches = branches
         self.rates = dilations
         self.period = math.lcm(*dilations)
+        if max(segments) < heads.site.context:
+            self.exempt = {"long memory": f"segments end every {max(segments)} tokens, and nothing crosses their edges"}
 
     def flops_per_token(self, context: int) -> int:
         pairs = 0

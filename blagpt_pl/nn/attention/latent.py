@@ -12,6 +12,8 @@ Cost     D H K + D (kv + rope) + kv H (nope + v) + H v D weights (kv: kv_rank, v
          v_dim = nope + rope lets every fused kernel run, other widths not (see core_sdpa.py)
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,12 @@ class LatentAttention(HeadPipeline):
     Raises:
         ValueError: a width below 1, an odd rope_dim, or a theta that is not positive and finite.
     """
+
+    sizes: ClassVar[dict[str, str]] = {
+        "n_heads": "heads",
+        **dict.fromkeys(("kv_rank", "q_rank"), "width"),
+        **dict.fromkeys(("nope_dim", "rope_dim", "v_dim"), "head"),
+    }
 
     def __init__(
         self,

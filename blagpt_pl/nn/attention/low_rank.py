@@ -9,9 +9,11 @@ Cost     H K D + rank (D + 2 G K) + H K D weights; smaller than attention's wher
          Keys are normalised and rotated after the latent, so a cache of latents is expanded anew for every new token
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from blagpt_pl.nn.attention.attention import HeadPipeline, heads_of
+from blagpt_pl.nn.attention.attention import HEAD_SIZES, HeadPipeline, heads_of
 from blagpt_pl.nn.base import CoreFactory, HeadEditFactory, OutputLinear, Site
 
 
@@ -35,6 +37,8 @@ class LowRankAttention(HeadPipeline):
     Raises:
         ValueError: heads that do not fit, or a rank below 1.
     """
+
+    sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "rank": "width"}
 
     def __init__(
         self,

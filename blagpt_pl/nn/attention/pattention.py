@@ -7,9 +7,11 @@ Differs  the paper has as many key/value heads as query heads; here they can be 
 Cost     N (4 D + 2 (H + G) K) weights
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from blagpt_pl.nn.attention.attention import HeadPipeline, heads_of
+from blagpt_pl.nn.attention.attention import HEAD_SIZES, HeadPipeline, heads_of
 from blagpt_pl.nn.base import CoreFactory, HeadEditFactory, Site
 from blagpt_pl.nn.pattention import OutputPattention, Pattention
 
@@ -26,6 +28,8 @@ class PattentionAttention(HeadPipeline):
         n_kv_heads: G, key/value heads; H by default.
         head_dim: K, width of a head; D / H by default.
     """
+
+    sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "n_tokens": "width"}
 
     def __init__(
         self,
