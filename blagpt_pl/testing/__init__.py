@@ -6,7 +6,7 @@ Lengths  odd and prime, so that nothing hides behind a multiple of a chunk, patc
 Raises   AssertionError, saying which promise was broken and where
 """
 
-from blagpt_pl.testing.model import check_model
+from blagpt_pl.testing.certificate import check_model
 from blagpt_pl.testing.part import check_part, kind_of
 
 __all__ = ["check_model", "check_part", "kind_of"]

@@ -1,4 +1,4 @@
-"""Every overlay in configs/techniques/ alone, and every pair of them, on the baseline at a tiny size.
+"""Every overlay in configs/techniques/ alone, and every pair of them, on the baseline at the tiny size of `blagpt check`.
 
 Alone or together they build through the real parser, train two steps, look at no future (in train and in eval mode, at
 lengths that are multiples of nothing), and change something: the parameters, their start, or what is computed. The pairs
@@ -8,7 +8,6 @@ one plain value, the later one is all there is).
 
 import copy
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable
@@ -21,28 +20,21 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from jsonargparse import Namespace
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab import parts
-from blagpt_pl.lab.layers import from_arguments
-from blagpt_pl.lab.mistakes import mistakes_in
-from blagpt_pl.lab.parser import FriendlyParser
+from blagpt_pl.lab.layers import Layers
+from blagpt_pl.lab.model_of import layers_for, model_of, model_part
 from blagpt_pl.lab.parts import known_classes
+from blagpt_pl.lab.tiny import tiny
 from blagpt_pl.lm import LanguageModel
-from blagpt_pl.testing.model import random_tokens
 from blagpt_pl.testing.promises import check_causal, check_responsive, influence
+from blagpt_pl.testing.subject import random_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 TECHNIQUES = {path.stem: str(path) for path in sorted((ROOT / "configs" / "techniques").glob("*.yaml"))}
 PAIRS = list(itertools.combinations(TECHNIQUES, 2))
-TINY = {"model.d_model": 48, "model.n_layers": 2, "model.vocab_size": 61, "model.compile": None}
-SMALLER = {  # sizes that an overlay states for 768 wide models and 1024 tokens
-    "pattention_mlp": {"model.block.mlp.n_tokens": 96},
-    "dilated": {"model.block.attention.core.segments": [4, 8, 16], "model.block.attention.core.dilations": [1, 2, 4]},
-}
 FIRST = ("mla", "mla_lowrank", "gelu", "relu2", "untied")  # they name a part whose values others change
-CONTEXT, LENGTHS = 32, (13, 23)
+LENGTHS = 13, 23  # within the tiny context, and multiples of nothing
 
 
 def excluded() -> dict[frozenset[str], str]:
@@ -58,7 +50,7 @@ def excluded() -> dict[frozenset[str], str]:
 
 
 def merged(*names: str) -> dict:
-    """The model of the baseline under some overlays, tiny.
+    """The baseline under some overlays, tiny.
 
     Raises:
         ConfigError: the overlays do not combine in this order.
@@ -66,28 +58,13 @@ def merged(*names: str) -> dict:
     words = ["--config", str(ROOT / "configs" / "blagpt.yaml")]
     for name in names:
         words += ["--config", TECHNIQUES[name]]
-    for key, value in {**TINY, **{k: v for name in names for k, v in SMALLER.get(name, {}).items()}}.items():
-        words += [f"--{key}", json.dumps(value)]
-    tree = from_arguments(words).tree
-    if mistakes := [m for m in mistakes_in(tree) if m.path.startswith("model")]:
-        raise ConfigError(f"{mistakes[0].path}: {mistakes[0].text}")
-    tree["model"]["init_args"]["context"] = CONTEXT
-    return tree["model"]
-
-
-@cache
-def parser() -> FriendlyParser:
-    parts.import_all()
-    parser = FriendlyParser()
-    parser.add_subclass_arguments(LanguageModel, "model", required=True)
-    return parser
+    return tiny(layers_for(words).tree)
 
 
 def parsed(tree: dict) -> LanguageModel:
     """The model as the command would build it."""
-    config: Namespace = parser().parse_object({"model": tree})
     torch.manual_seed(1)
-    return parser().instantiate(config).model
+    return model_of(Layers(tree))
 
 
 def made(node: object, annotation: object) -> object:
@@ -116,7 +93,7 @@ def built(tree: dict) -> LanguageModel:
     """
     torch.manual_seed(1)
     try:
-        return made(tree, LanguageModel)
+        return made(model_part(tree), LanguageModel)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
