@@ -19,6 +19,8 @@ commands
   validate   measure a model on the validation tokens
   test       measure a model on the test tokens
   generate   continue a text with a trained model
+  check      certify a model: causality, learning, resuming and the rest, in seconds
+  describe   account for a model before training: parameters, FLOPs, memory, time
   bench      measure how long things take
   list       what there is to choose from: parts, overlays, configurations
 
@@ -94,6 +96,18 @@ def _bench(command: str, argv: list[str]) -> None:
     main(argv)
 
 
+def _check(command: str, argv: list[str]) -> None:
+    from blagpt_pl.lab.check import main
+
+    main(argv)
+
+
+def _describe(command: str, argv: list[str]) -> None:
+    from blagpt_pl.lab.describe import main
+
+    main(argv)
+
+
 def _list(command: str, argv: list[str]) -> None:
     from blagpt_pl.lab.list import main
 
@@ -103,6 +117,8 @@ def _list(command: str, argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(TRAIN, _train),
     "generate": _generate,
+    "check": _check,
+    "describe": _describe,
     "bench": _bench,
     "list": _list,
 }

@@ -1,0 +1,63 @@
+"""`blagpt describe`: account for a configuration before it is trained, or compare the accounts of several."""
+
+import argparse
+import json
+from pathlib import Path
+
+DEPTH = 3  # modules deep
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes, besides the layers of a configuration."""
+    p = argparse.ArgumentParser(
+        prog="blagpt describe",
+        usage="blagpt describe [FILE[+FILE ...] ...] [--config FILE ...] [--key value ...] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description="Account for a configuration before it is trained: parameters, FLOPs, memory, time. No weight is allocated.",
+        epilog="examples\n"
+        "  blagpt describe --config configs/blagpt.yaml --config configs/techniques/mla.yaml\n"
+        "  blagpt describe configs/blagpt.yaml configs/gpt2.yaml --gpu H100\n"
+        "  blagpt describe configs/blagpt.yaml configs/blagpt.yaml+configs/techniques/mla.yaml\n"
+        "Each word before the options is a column: a configuration, with its overlays after a +. --config and --key\n"
+        "are those of `blagpt fit`, and hold for every column.",
+    )
+    p.add_argument("--gpu", default="H200", metavar="NAME", help="what memory and time are told for  (H200)")
+    p.add_argument("--depth", type=int, default=DEPTH, metavar="N", help=f"how deep modules are listed  ({DEPTH})")
+    p.add_argument("--json", action="store_true", help="print everything as JSON, the modules too")
+    return p
+
+
+def columns(argv: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The columns that the leading words name, each with its layers, and the words after them."""
+    n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    named = []
+    for word in argv[:n]:
+        files = [word] if Path(word).is_file() else word.split("+")
+        named.append((word, [part for file in files for part in ("--config", file)]))
+    return named, argv[n:]
+
+
+def main(argv: list[str]) -> None:
+    """Print the account, or the accounts beside each other."""
+    named, rest = columns(argv)
+    args, words = parser().parse_known_args(rest)
+    from blagpt_pl.devices import device_named
+    from blagpt_pl.errors import ConfigError
+    from blagpt_pl.lab.account import Account
+    from blagpt_pl.lab.describe_table import as_json, beside, single
+    from blagpt_pl.lab.model_of import layers_for
+    from blagpt_pl.lab.quiet import quiet
+
+    quiet()
+    if args.depth < 1:
+        raise ConfigError(f"--depth: {args.depth} (expected 1 or more)")
+    device = device_named(args.gpu, "--gpu")
+    accounts = {name: Account(layers_for([*layers, *words]), device) for name, layers in named or [("", [])]}
+    if args.json:
+        print(json.dumps([as_json(name, one, args.depth) for name, one in accounts.items()], indent=1))
+    elif len(accounts) == 1:
+        for line in single(next(iter(accounts.values())), args.depth):
+            print(line, flush=True)
+    else:
+        print("\n".join(beside(accounts)))
