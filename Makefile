@@ -1,9 +1,10 @@
 # make quickstart   install into .venv and train a small model on a CPU
-# make test         install what the tests need and run them
+# make test         install what the tests need and run them, two at a time (JOBS=4 for four)
 # make lint         ruff
 # make install      .venv alone
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -13,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/blagpt fit --config configs/quickstart.yaml
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
