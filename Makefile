@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/blagpt fit --config configs/quickstart.yaml
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

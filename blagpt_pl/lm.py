@@ -6,7 +6,7 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import lightning as L
 import torch
@@ -38,6 +38,8 @@ ScheduleFactory = Callable[[int], Schedule]
 class LanguageModel(L.LightningModule):
     """Base of every architecture. A subclass sets `head`, and says `regions`, and `trunk` and `finish` (or `features`).
 
+    A promise of `testing` that it does not make stands with its reason in `exempt`; so it may in any part.
+
     Args:
         vocab_size: V, rows of the embedding, padding included.
         context: T, the longest sequence, in tokens.
@@ -47,9 +49,6 @@ class LanguageModel(L.LightningModule):
     """
 
     head: Head
-    exempt: Mapping[
-        str, str
-    ] = {}  # promises of `testing` that are not made, each with its reason; any part may have such, too
 
     def __init__(
         self,

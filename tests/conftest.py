@@ -15,12 +15,15 @@ for folder in (ROOT, ROOT / "tests"):  # `blagpt_pl` from this checkout, and `he
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "xdist_group(name): tests of one name run in one process")
     config.addinivalue_line("markers", "slow: takes more than 10 s; runs only when asked for with `-m slow`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = "slow" in (config.getoption("markexpr") or "")
     for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "system"):  # they share runs, and each keeps the cores busy
+            item.add_marker(pytest.mark.xdist_group("system"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("slow") and not asked:

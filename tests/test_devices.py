@@ -77,3 +77,16 @@ def test_units(device: object) -> None:
     assert 5e11 < device.bandwidth_bytes_per_s < 1e13
     assert 20e9 < device.memory_bytes < 300e9
     assert device_named(device.name) is device
+
+
+def test_what_the_data_sheets_say() -> None:
+    found = {d.name: (d.bf16_flops / 1e12, d.bandwidth_bytes_per_s / 1e12, d.memory_bytes // 10**9) for d in DEVICES}
+    assert found == {
+        "B200": (2250, 8.0, 180),
+        "H200": (989.4, 4.8, 141),
+        "H100": (989.4, 3.35, 80),
+        "A100-80GB": (312, 2.039, 80),
+        "A100-40GB": (312, 1.555, 40),
+        "L40S": (362, 0.864, 48),
+        "RTX 4090": (165.2, 1.008, 24),
+    }

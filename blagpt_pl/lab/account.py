@@ -14,9 +14,11 @@ from blagpt_pl.lab.memory import RESERVE, CannotFollow, StepMemory, step_memory
 from blagpt_pl.lab.model_of import model_of
 from blagpt_pl.lab.module_table import Row, Table, sizes
 from blagpt_pl.lab.predict import Prediction, predict, work_of
+from blagpt_pl.lab.tiny import tiny_model
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.base import Core
-from blagpt_pl.nn.flops import CannotCount, Flops, count_flops
+from blagpt_pl.nn.flops import CannotCount, Flops, count_flops, told
+from blagpt_pl.testing.certificate import place_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class Account:
         self.context, self.batch, self.device_batch = (
             data[name] for name in ("context", "batch_size", "device_batch_size")
         )
-        self.steps: int = trainer.get("max_steps") or 0
+        steps = trainer.get("max_steps")
+        self.steps: int | None = steps if steps and steps > 0 else None  # -1 is Lightning's word for no end
         self.precision: str | int = trainer.get("precision") or "32-true"
         self.ranks = ranks_of(trainer)
+        self.sharded = any(word in str(trainer.get("strategy", "")).lower() for word in ("fsdp", "modelparallel"))
         with torch.device("meta"):
             self.model: LanguageModel = model_of(layers)
         self.compiled = self.model.backend is not None
@@ -72,6 +76,8 @@ class Account:
         Raises:
             ConfigError: the sizes do not divide.
         """
+        if self.device_batch < 1:
+            raise ConfigError(f"data.device_batch_size: {self.device_batch} (expected 1 or more)")
         if self.batch % (self.device_batch * self.ranks):
             raise ConfigError(
                 f"data.batch_size: {self.batch} does not divide into data.device_batch_size={self.device_batch} on "
@@ -85,8 +91,22 @@ class Account:
         try:
             return count_flops(self.model, self.context)
         except CannotCount as error:
+            self._run_tiny()
             self.unknown["FLOPs"] = str(error)
             return None
+
+    def _run_tiny(self) -> None:
+        """Whether the model runs at all, with numbers and at a tiny size.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        model = tiny_model(self.layers)
+        tokens = torch.zeros(1, model.context, dtype=torch.int64)
+        try:
+            model.objective(tokens, tokens)
+        except Exception as error:
+            raise ConfigError(f"model: does not run: {told(error)}{place_of(error)}") from error
 
     @property
     def attention_flops(self) -> int:
@@ -109,7 +129,10 @@ class Account:
     @cached_property
     def largest_batch(self) -> int:
         """The most sequences a forward that fit on the device."""
-        return self.memory.largest_batch(self.device.memory_bytes, micro_batches=min(2, self.micro_batches))
+        one = self.memory.largest_batch(self.device.memory_bytes, micro_batches=1)
+        if one * self.ranks >= self.batch:  # a step is one forward
+            return one
+        return self.memory.largest_batch(self.device.memory_bytes, micro_batches=2)
 
     @property
     def largest_that_divides(self) -> int:
@@ -148,7 +171,9 @@ class Account:
         n = sizes(self.model, self.model.head)
         yield Fact("parameters", "total", n["total"], note="a shared tensor counts once")
         yield Fact("parameters", "embedding", n["embedding"], note="tables that are looked up")
-        yield Fact("parameters", "active", n["active"], note="what one token meets")
+        yield Fact(
+            "parameters", "active", n["active"], note="what one token meets: of tables that are looked up, a row"
+        )
 
     def _work(self) -> Iterator[Fact]:
         if self.flops is None:
@@ -168,12 +193,17 @@ class Account:
             return
         for name, value in self.memory.at(self.device_batch, micro).items():
             bound = "lower bound" if name in ("optimizer", "total") and self.memory.lower_bound else ""
+            if name == "total" and self.sharded:
+                bound = "upper bound: nothing is sharded here, as the strategy would"
             yield Fact(MEMORY, name, value, "bytes", bound)
 
     def _run(self) -> Iterator[Fact]:
+        yield Fact("run", "tokens a step", self.tokens_per_step)
+        if self.steps is None:
+            yield Fact("run", "steps", None, note="not known: trainer.max_steps says no number")
+            return
         tokens = self.steps * self.tokens_per_step
         yield Fact("run", "steps", self.steps)
-        yield Fact("run", "tokens a step", self.tokens_per_step)
         yield Fact("run", "tokens", tokens)
         yield Fact("run", "tokens a parameter", tokens / sizes(self.model, self.model.head)["total"], "ratio")
         if self.flops is not None:
@@ -187,7 +217,10 @@ class Account:
             yield Fact(section, "step", None, "ms", "not predicted: memory is not estimated")
             return
         yield Fact(
-            section, "largest device_batch_size", self.largest_batch, note=f"{RESERVE:.0%} of the memory left alone"
+            section,
+            "largest device_batch_size",
+            self.largest_batch,
+            note=f"{'upper bound; ' if self.memory.lower_bound else ''}{RESERVE:.0%} of the memory left alone",
         )
         yield Fact(section, "... that divides batch_size", self.largest_that_divides)
         try:
@@ -197,11 +230,13 @@ class Account:
         except ConfigError as error:
             yield Fact(section, "step", None, "ms", f"not predicted: {error}")
             return
-        said = "prediction; no run of ours has confirmed it"
+        bound = "lower bound; " if self.flops.uncounted or self.memory.lower_bound else ""
+        said = f"{bound}prediction; no run of ours has confirmed it"
         yield Fact(section, "step", step.step_ms, "ms", said)
         yield Fact(section, "tokens a second", step.tokens_per_s)
         yield Fact(section, "MFU", step.mfu, "share", "of the vendor's dense bf16 peak")
-        yield Fact(section, "run", self.steps * step.step_ms / 3.6e6, "h", "without validation")
+        if self.steps is not None:
+            yield Fact(section, "run", self.steps * step.step_ms / 3.6e6, "h", "without validation")
 
 
 MEMORY = "memory of a step"
@@ -210,5 +245,6 @@ MEMORY = "memory of a step"
 def ranks_of(trainer: Mapping[str, Any]) -> int:
     """Devices of a run, 1 where the configuration leaves it to the machine."""
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes") or 1
-    each = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    listed = devices if isinstance(devices, list) else [d for d in str(devices).split(",") if d.strip()]  # "0,1"
+    each = int(devices) if str(devices).isdigit() else len(listed)
     return max(each, 1) * nodes

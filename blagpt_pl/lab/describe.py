@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
+
+from blagpt_pl.lab.leading_files import leading_files
 
 DEPTH = 3  # modules deep
 
@@ -28,19 +29,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def columns(argv: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """The columns that the leading words name, each with its layers, and the words after them."""
-    n = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    named = []
-    for word in argv[:n]:
-        files = [word] if Path(word).is_file() else word.split("+")
-        named.append((word, [part for file in files for part in ("--config", file)]))
-    return named, argv[n:]
-
-
 def main(argv: list[str]) -> None:
     """Print the account, or the accounts beside each other."""
-    named, rest = columns(argv)
+    named, rest = leading_files(argv)
     args, words = parser().parse_known_args(rest)
     from blagpt_pl.devices import device_named
     from blagpt_pl.errors import ConfigError
@@ -52,6 +43,8 @@ def main(argv: list[str]) -> None:
     quiet()
     if args.depth < 1:
         raise ConfigError(f"--depth: {args.depth} (expected 1 or more)")
+    if twice := [name for i, (name, _) in enumerate(named) if name in {n for n, _ in named[:i]}]:
+        raise ConfigError(f"{twice[0]}: named twice")
     device = device_named(args.gpu, "--gpu")
     accounts = {name: Account(layers_for([*layers, *words]), device) for name, layers in named or [("", [])]}
     if args.json:

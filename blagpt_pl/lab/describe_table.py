@@ -92,6 +92,8 @@ def beside(accounts: Mapping[str, Account]) -> list[str]:
     names = list(accounts)
     facts: list[dict[tuple[str, str], Fact]] = [{(f.section, f.name): f for f in a.facts()} for a in accounts.values()]
     keys = list(dict.fromkeys(key for column in facts for key in column))
+    sections = list(dict.fromkeys(section for section, _ in keys))
+    keys.sort(key=lambda key: sections.index(key[0]))  # what a later column alone has stands in its section
     wide = max(NUMBER, *(len(short(name)) + 2 for name in names))
     lines = [f"{short(name)}: {heading(account)}" for name, account in accounts.items()]
     head = "".join(f"{short(name):>{wide}}" for name in names)
@@ -110,12 +112,18 @@ def beside(accounts: Mapping[str, Account]) -> list[str]:
         line = f"  {key[1]:<28}" + "".join(f"{shown(value, unit):>{wide}}" for value in values)
         lines.append((line + difference(values, unit)).rstrip())
     notes = dict.fromkeys(f"{f.name}: {f.note}" for column in facts for f in column.values() if bound(f))
+    for name, account in accounts.items():
+        if account.memory is not None:
+            moment = account.memory.moment(account.device_batch, account.micro_batches)
+            notes[
+                f"{short(name)}: memory is that of one device when it needs most, in the {moment}; {account.memory.note}"
+            ] = None
     return [*lines, *(["", *notes] if notes else [])]
 
 
 def bound(fact: Fact) -> bool:
     """Whether a fact is not the whole truth."""
-    return fact.note.startswith(("lower bound", "not "))
+    return fact.note.startswith(("lower bound", "upper bound", "not "))
 
 
 def short(name: str) -> str:
@@ -130,6 +138,8 @@ def difference(values: list[float | None], unit: str) -> str:
     one, other = values
     if one == other:
         return f"{'=':>{NUMBER}}"
+    if unit == "share":
+        return f"{f'{100 * (other - one):+.1f} points':>{NUMBER}}"
     share = f"{other / one - 1:+9.1%}" if one else ""
     return f"{shown(other - one, unit, sign=True):>{NUMBER}}{share}"
 

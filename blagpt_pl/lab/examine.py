@@ -1,5 +1,6 @@
 """From the layers of a configuration to the verdicts on its model, and how these are shown; what `blagpt check` runs."""
 
+import contextlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -51,12 +52,22 @@ def examination(
         "seed": seed,
     }
     subject = Subject(model, init_tolerance, None, clip, described, lambda: model_of(layers, tree))
-    return header, certify(subject, only, seed, threads)
+    return header, aside(certify(subject, only, seed, threads))
 
 
 def broken(found: Sequence[Verdict]) -> list[str]:
     """Names of the promises that were broken."""
     return [v.promise for v in found if v.state == BROKEN]
+
+
+def aside(verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
+    """The same verdicts; what a part prints while it is examined goes to stderr."""
+    while True:
+        with contextlib.redirect_stdout(sys.stderr):
+            verdict = next(verdicts, None)
+        if verdict is None:
+            return
+        yield verdict
 
 
 def show(verdict: Verdict) -> Verdict:
@@ -70,17 +81,23 @@ def show(verdict: Verdict) -> Verdict:
 def summary(found: Sequence[Verdict], seconds: float) -> str:
     """The last line: how many promises were kept, which were not."""
     names, states = broken(found), [v.state for v in found]
-    kept = f"{states.count(KEPT)} promises kept"
-    parts = [f"{len(names)} BROKEN: {', '.join(names)}", kept] if names else [f"all {kept}"]
-    if not names and KEPT not in states:
-        parts = ["nothing kept"]
-    parts += [f"{states.count(state)} {state}" for state in (DECLARED, NOT_HERE) if state in states]
+    parts = [f"{len(names)} BROKEN: {', '.join(names)}"] if names else []
+    if set(states) == {KEPT}:
+        parts, states = [f"all {len(found)} promises kept" if len(found) > 1 else "1 promise kept"], []
+    parts += [f"{states.count(state)} {state}" for state in (KEPT, DECLARED, NOT_HERE) if state in states]
+    if "runs" in names:
+        parts.append("begin with `runs`, which the others rest on")
+    elif "causality" in names and any(v.promise == "gradient causality" and v.state == KEPT for v in found):
+        parts.append(
+            "no gradient comes from the future: look for statistics over a batch, state, or a path without gradient"
+        )
     return f"{'; '.join(parts)} ({seconds:.1f} s)"
 
 
 def as_json(verdict: Verdict) -> dict:
     """A verdict as plain data, with what the promise says."""
-    return {**asdict(verdict), "seconds": round(verdict.seconds, 3), "claim": claim(verdict.promise)}
+    plain = {k: v for k, v in asdict(verdict).items() if k != "error"}
+    return {**plain, "seconds": round(verdict.seconds, 3), "claim": claim(verdict.promise)}
 
 
 def claims() -> list[str]:

@@ -9,6 +9,7 @@ State a prediction; compared with the peak of a CPU process (tests/lab/test_memo
 """
 
 import gc
+import logging
 import math
 import warnings
 from collections import Counter
@@ -27,9 +28,12 @@ from blagpt_pl.lab.kernels import gpu_kernels
 from blagpt_pl.lab.storages import CATEGORIES, Storages
 from blagpt_pl.lm import LanguageModel
 
+CHUNK = 8192  # tokens of the loss at once (`losses.next_token.chunked`), beyond which logits take no more memory
+PROBES = 8  # numbers that are followed before the search halves what is left
 TOKENS = 32768  # of a forward, where the search for the largest batch begins
 EAGER = "not compiled: norms are counted in the operations they have on a CPU, so activations are an upper bound"
 COMPILED = "compiled: what regions keep is the partitioner's choice; what they need for a moment is estimated"
+LOG = logging.getLogger("torch._subclasses.fake_tensor")
 RESERVE = 0.06  # an assumption: CUDA's context (some 0.5 GB), libraries' workspaces, fragmentation
 
 
@@ -111,17 +115,23 @@ class StepMemory:
                 too_many = b
             lines = self._lines(b, micro_batches)
             guess = min(int((room - start) // slope) if slope > 0 else 2 * b for start, slope in lines)
-            if guess == fits and fits:
-                break  # it fits, and one more would not
+            if guess == fits and all(n * self.context >= CHUNK for n in (fits, *self._nearest(b))):
+                break  # it fits, and one more would not: beyond a chunk of the loss all grows in a straight line
+            if len(self._found) > PROBES and too_many < math.inf:
+                guess = (fits + too_many) // 2  # what grows is no straight line
             b = int(min(max(guess, fits + 1), too_many - 1))
         return fits
 
     def _lines(self, b: int, micro_batches: int) -> list[tuple[float, float]]:
         """Bytes as a + slope · b, for each moment, through the two numbers nearest to b that were followed."""
-        low, high = sorted(sorted(self._found, key=lambda known: abs(known - b))[:2])
+        low, high = self._nearest(b)
         before, after = self._moments(low, micro_batches), self._moments(high, micro_batches)
         slopes = {name: (after[name].total() - before[name].total()) / (high - low) for name in after}
         return [(after[name].total() - slope * high, slope) for name, slope in slopes.items()]
+
+    def _nearest(self, b: int) -> list[int]:
+        """The two numbers nearest to b that were followed, the lower one first."""
+        return sorted(sorted(self._found, key=lambda known: abs(known - b))[:2])
 
     def _moments(self, b: int, micro_batches: int) -> dict[str, Counter[str]]:
         found = self.peaks(b)
@@ -132,9 +142,14 @@ class StepMemory:
 
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
-        with self._mode, warnings.catch_warnings(), gpu_kernels():
+        with self._mode, torch.enable_grad(), warnings.catch_warnings(), gpu_kernels():
             warnings.simplefilter("ignore")  # torch's own, about tensors without data
-            yield
+            log, level = LOG, LOG.level
+            log.setLevel(logging.CRITICAL)  # it logs a traceback of what it also raises
+            try:
+                yield
+            finally:
+                log.setLevel(level)
 
     def _followed(self, b: int) -> Peaks:
         try:

@@ -22,9 +22,8 @@ ATTENTION = 0.26  # FlashAttention-2, width 64, T = 1024, H100: 306 and 238 TFLO
 BANDWIDTH = 0.9  # 4.3 of 4.8 TB/s
 PASSES = 3  # what is kept for backward is written once, and read by the next operation and in backward
 LOGIT = {True: 12, False: 46}  # bytes a logit, written and read: compiled body, and element by element
-WEIGHT = (
-    24  # bytes a parameter and micro-batch: cast (4 + 2), read twice as 16 bit (4), gradient made and added (2 + 4 + 8)
-)
+# bytes a parameter and micro-batch: cast (4 + 2), read twice as 16 bit (4), gradient made and added (2 + 4 + 8)
+WEIGHT = 24
 EXPOSED = 2.1e-11  # s a byte of gradients: 143.8 ms on 8 GPUs against 1067 / 8 on one, at 4 x 124.4 M bytes
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -56,8 +55,10 @@ class Storages(TorchDispatchMode):
     def blind(self) -> Iterator[None]:
         """What is allocated here is not seen."""
         before, self._blind = self._blind, True
-        yield
-        self._blind = before
+        try:
+            yield
+        finally:
+            self._blind = before
 
     def see(self, tensor: Tensor, label: str) -> None:
         """Count a tensor's storage, unless it is known."""
@@ -97,9 +98,3 @@ class Storages(TorchDispatchMode):
         peak = self.peaks.get(self.moment)
         if peak is None or self.alive.total() > peak.total():
             self.peaks[self.moment] = self.alive.copy()
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages."""
-    storages = {id(s): s for s in (t.untyped_storage() for t in tensors if torch.is_tensor(t))}
-    return sum(s.nbytes() for s in storages.values())

@@ -118,9 +118,7 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         frame, task = self._frames[-1], torch._C._current_graph_task_id()
-        inside = (
-            frame.word is not None
-        )  # of a call that is already counted, with gradients that it may take in its forward
+        inside = frame.word is not None  # of a call that is already counted, gradients taken in its forward too
         differentiates = task != frame.task  # else a forward, or one that is run again in a backward pass
         node = torch._C._current_autograd_node() if differentiates else None
         if node is not None:

@@ -6,9 +6,12 @@ of `FIRM`.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from blagpt_pl.testing.reading import (
     no_memory,
     prefix,
     responsiveness,
+    runs,
 )
 from blagpt_pl.testing.subject import Subject
 
@@ -39,16 +43,29 @@ class Verdict:
         state: kept, BROKEN, declared (broken, as the model says it would be) or not here (cannot be examined).
         found: what was measured, or what broke.
         seconds: how long it took.
+        error: whether something went wrong that is no finding of the promise's own.
     """
 
     promise: str
     state: str
     found: str
     seconds: float
+    error: bool = False
+
+
+def declarations(subject: Subject) -> str:
+    """What is declared exempt is a promise that may be, what is declared idle is a parameter."""
+    for name in subject.exempt:
+        assert name in PROMISES, f"exempt: {name!r} is no promise (expected one of {', '.join(PROMISES)})"
+        assert name not in FIRM, f"exempt: {name!r} is a law, from which nothing is exempt"
+    known = {name for name, _ in subject.model.named_parameters(remove_duplicate=False)}
+    for name in subject.idle:
+        assert name in known, f"idle: {name} is no parameter"
+    return f"{len(subject.exempt)} exempt, {len(subject.idle)} idle"
 
 
 def _accumulation(subject: Subject) -> str:
-    """Two micro-batches of one sequence are one of two."""
+    """Two micro-batches of one sequence are one of two, and three are one of three."""
     from blagpt_pl.testing.training import check_accumulation  # Lightning takes seconds to import
 
     return check_accumulation(subject.model)
@@ -69,6 +86,8 @@ def _optimizer(subject: Subject) -> str:
 
 
 PROMISES: dict[str, Callable[[Subject], str]] = {
+    "runs": runs,
+    "declarations": declarations,
     "roles": roles,
     "parameters": parameters,
     "first loss": first_loss,
@@ -94,7 +113,8 @@ PROMISES: dict[str, Callable[[Subject], str]] = {
     "overfits": overfits,
     "fresh data": fresh_data,
 }
-FIRM = {"causality", "gradient causality", "objective", "ruler", "fresh data", "resume"}  # the laws; none is exempt
+LAWS = {"causality", "gradient causality", "objective", "ruler", "fresh data", "resume"}
+FIRM = {"runs", "declarations", *LAWS}  # nothing is exempt from these
 
 
 def certify(
@@ -113,10 +133,12 @@ def certify(
         raise ValueError(f"{min(unknown)!r} is no promise (expected {', '.join(PROMISES)})")
     for name, promise in PROMISES.items():
         if only is None or name in only:
-            with _apart(threads), torch.random.fork_rng():
+            with _apart(threads), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
                 torch.manual_seed(seed)
                 verdict = _verdict(name, promise, subject)
             yield verdict
+            if name == "runs" and verdict.error:
+                return  # the same would be said of every other promise
 
 
 @contextmanager
@@ -131,19 +153,29 @@ def _apart(threads: int | None) -> Iterator[None]:
 
 
 def _verdict(name: str, promise: Callable[[Subject], str], subject: Subject) -> Verdict:
-    start = time.perf_counter()
+    start, error = time.perf_counter(), False
     try:
         state, found = KEPT, promise(subject)
     except NotHere as why:
         state, found = NOT_HERE, str(why)
     except AssertionError as broken:
         state, found = BROKEN, str(broken)
-    except Exception as error:  # noqa: BLE001 - whatever a model does wrong is a finding
-        first = (str(error).strip() or "no message").splitlines()[0]
-        state, found = BROKEN, f"{type(error).__name__}: {first}"
+    except Exception as exception:  # noqa: BLE001 - whatever a model does wrong is a finding
+        first = shorten(str(exception).strip() or "no message", 200)
+        state, found, error = BROKEN, f"{type(exception).__name__}{place_of(exception)}: {first}", True
     if state == BROKEN and name in subject.exempt and name not in FIRM:
         state, found = DECLARED, subject.exempt[name]
-    return Verdict(name, state, found, time.perf_counter() - start)
+    return Verdict(name, state, found, time.perf_counter() - start, error)
+
+
+def place_of(error: BaseException) -> str:
+    """In which module's own code an exception was raised: the innermost that is not torch's; empty if in none."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch."):
+            found = f" in {type(owner).__name__} ({Path(frame.f_code.co_filename).name}:{line})"
+    return found
 
 
 def claim(name: str) -> str:

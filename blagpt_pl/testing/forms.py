@@ -43,7 +43,7 @@ def parameters(subject: Subject) -> str:
     """The number of parameters is what was announced, and no two tensors share memory: a tied weight is one, counted once."""
     owners: dict[int, str] = {}
     for name, p in subject.model.named_parameters():
-        other = owners.setdefault(p.untyped_storage().data_ptr(), name)
+        other = owners.setdefault(p.untyped_storage()._cdata, name)
         assert other == name, (
             f"{other} and {name} are two parameters in one memory, counted and updated twice (tie them as one)"
         )
@@ -121,7 +121,7 @@ def compiled(subject: Subject) -> str:
     worst = 0.0
     for name, eager in outcomes[0].items():
         gap = ((outcomes[1][name] - eager).abs().max() / eager.abs().max().clamp(min=1.0)).item()
-        assert gap <= CLOSE, f"compiled: {name} differs by {gap:.1e} from eager"
+        assert gap <= CLOSE, f"compiled, {name}: {gap:.1e} away from eager"
         worst = max(worst, gap)
     return f"{sum(1 for _ in subject.model.regions())} regions, one graph each; differs by {worst:.0e}"
 

@@ -64,10 +64,10 @@ def check_alone(run: Run, inputs: Tensor, what: str) -> None:
 
 
 @torch.no_grad()
-def check_prefix(run: Run, inputs: Tensor, what: str) -> None:
-    """The first outputs are the same when nothing follows."""
+def check_prefix(run: Run, inputs: Tensor, what: str, more: Collection[int] = ()) -> None:
+    """The first outputs are the same when nothing follows, after few inputs, all but one, and any `more`."""
     whole = run(inputs)  # (..., B, T, width)
-    for n in (1, 2, 3, 7, inputs.shape[1] - 1):
+    for n in sorted({1, 2, 3, 7, inputs.shape[1] - 1, *more}):
         gap = (run(inputs[:, :n]) - whole[..., :n, :]).abs().max()
         assert gap <= CLOSE, f"{what}: the first {n} outputs differ by {gap:.1e} when nothing follows"
 

@@ -22,6 +22,8 @@ from blagpt_pl.testing.promises import (
 )
 from blagpt_pl.testing.subject import Subject
 
+LONG = 1024  # tokens, where a model is examined at its full size
+
 
 class NotHere(Exception):
     """A promise that cannot be examined on this model; the message says why."""
@@ -33,6 +35,35 @@ def two_sequences(subject: Subject, length: int) -> tuple[Tensor, Tensor]:
     return one, torch.where(one == other, (one + 1) % subject.model.vocab_size, other)
 
 
+def runs(subject: Subject) -> str:
+    """The model runs at every length, and the same input gives the same finite logits, in train mode from the same seed."""
+    for length in subject.lengths:
+        for training in (True, False):
+            where = f"in {'train' if training else 'eval'} mode, {length} tokens"
+            tokens, run = subject.tokens(2, length), subject.still(subject.moved.train(training))
+            given, logits, states = tokens.clone(), [], []
+            for seed in (2, 2, 3):
+                torch.manual_seed(seed)
+                with torch.set_grad_enabled(training):
+                    logits.append(run(tokens).detach())
+                states.append(torch.get_rng_state())
+            shape = (2, length, subject.model.vocab_size)
+            assert logits[0].shape == shape, f"{where}: logits {tuple(logits[0].shape)} (expected {shape})"
+            odd = (~logits[0].isfinite()).any(-1).any(0).nonzero().flatten().tolist()
+            assert not odd, f"{where}: logits {odd[0]} are not finite"
+            assert torch.equal(tokens, given), f"{where}: the tokens are written into"
+            same = logits[1] if training else logits[2]  # in evaluation the seed does not matter
+            gap = (same - logits[0]).abs().max()
+            assert gap == 0, (
+                f"{where}: the same input gives logits that differ by {gap:.1e}: state that is no buffer, or randomness "
+                f"{'that the seed does not set' if training else 'in evaluation'}"
+            )
+            assert not torch.equal(states[0], states[2]), (
+                f"{where}: forward sets the global seed, so all that is drawn later repeats"
+            )
+    return f"at {', '.join(map(str, subject.lengths))} tokens, twice the same to the bit"
+
+
 def causality(subject: Subject) -> str:
     """Change each token in turn: no earlier logit moves; in train and in eval mode, in float64, and in bfloat16."""
     worst = 0.0
@@ -40,12 +71,12 @@ def causality(subject: Subject) -> str:
         for training in (True, False):
             what = f"{subject.name} in {'train' if training else 'eval'} mode, {length} tokens"
             one, other = two_sequences(subject, length)
-            reach = influence(subject.exact.train(training), one, other, training)  # (T, T)
+            reach = influence(subject.still(subject.exact.train(training)), one, other, training)  # (T, T)
             check_causal(reach, what)
             worst = max(worst, reach.tril(-1).max().item())
             if length == subject.length:
                 with torch.autocast(one.device.type, torch.bfloat16):
-                    reach = influence(subject.moved.train(training), one, other, training)
+                    reach = influence(subject.still(subject.moved.train(training)), one, other, training)
                 check_causal(reach, f"{what}, bfloat16")
     return f"earlier logits move by {worst:.0e}, {', '.join(map(str, subject.lengths))} tokens"
 
@@ -57,6 +88,8 @@ def gradient_causality(subject: Subject) -> str:
         NotHere: no embedding reads the tokens.
     """
     length = min(subject.lengths[-1], subject.model.vocab_size // 2 - 1)
+    if length < 2:
+        raise NotHere(f"a vocabulary of {subject.model.vocab_size} is too small to tell places by their tokens")
     ids = length + torch.randperm(subject.model.vocab_size - length)  # distinct, and none of 0 ... T - 1
     ids = ids[: length + 1].to(next(subject.model.parameters()).device)
     worst = 0.0
@@ -160,11 +193,13 @@ def long_memory(subject: Subject) -> str:
     reach = influence(subject.moved.eval(), *two_sequences(subject, length))  # (T, T)
     lost = (reach.triu(1).amax(1)[:-1] <= TOLERANCE).nonzero().flatten().tolist()
     assert not lost, f"{subject.name}: no logits after {lost[0]} move with token {lost[0]}"
-    moved = reach[0]
-    farthest = int((moved > TOLERANCE).nonzero().max())
-    late = length - max(1, length // 4)
-    assert farthest >= late, f"{subject.name}: token 0 moves no logits after {farthest}, of {length}"
-    return f"token 0 moves logits {farthest} of 0 ... {length - 1} by {moved[farthest]:.0e}"
+    farthest = int((reach[0] > TOLERANCE).nonzero().max())
+    late, layers = length - max(1, length // 4), sum(1 for _ in subject.model.regions())
+    assert farthest >= late, (
+        f"{subject.name}: token 0 moves no logits after {farthest}, of {length} and with {layers} layers; "
+        'where that is meant, the part says so: self.exempt = {"long memory": reason}'
+    )
+    return f"token 0 moves logits {farthest}, of 0 to {length - 1}, by {reach[0, farthest]:.0e}"
 
 
 @torch.no_grad()
@@ -180,8 +215,10 @@ def batch(subject: Subject) -> str:
 
 def prefix(subject: Subject) -> str:
     """The first logits are the same when nothing follows."""
-    check_prefix(subject.moved.eval(), subject.tokens(2, subject.lengths[-1]), subject.name)
-    return f"prefixes of {subject.lengths[-1]} tokens"
+    length = min(subject.model.context, LONG)
+    edges = {edge + more for edge in (16, 32, 64, 128, 256, 512) for more in (0, 1) if edge + more < length}
+    check_prefix(subject.exact.eval(), subject.tokens(2, length), subject.name, edges)
+    return f"{5 + len(edges)} prefixes of {length} tokens"
 
 
 @torch.no_grad()

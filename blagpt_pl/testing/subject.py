@@ -94,6 +94,17 @@ class Subject:
         """The same in float64, where a leak of any size stands out from rounding."""
         return copy.deepcopy(self.moved).double()
 
+    def still(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The model's forward, whose buffers stand as they stood before: what a forward in training counts does not add up."""
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+        def run(tokens: Tensor) -> Tensor:
+            logits = model(tokens)
+            put_back(model, buffers)
+            return logits
+
+        return run
+
     @cached_property
     def overfitted(self) -> tuple[nn.Module, list[float]]:
         """A copy trained on two sequences until it knows them by heart, dropout off, and its losses."""
@@ -110,6 +121,14 @@ class Subject:
     def tokens(self, *shape: int) -> Tensor:
         """Uniform random tokens."""
         return random_tokens(self.model, *shape)
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Set buffers to what they were."""
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
 
 
 def declared_idle(model: nn.Module) -> dict[str, str]:

@@ -5,6 +5,8 @@ Ratio    of a group, in one step: RMS of the change over RMS of the weights befo
          off, since it moves weights that no gradient moves.
 Rule     a group that has gradients moves by at least 1e-6 of its size in its largest step: a thousand smaller ones are less than
          a tenth of a percent. Every tensor that has a gradient moves at all.
+Way      over these steps a group moves against its gradient; a first step at a tenth of the learning rate is less than half of
+         one at the full rate, so that a schedule reaches it
 Company  one tensor of each group is stepped alone, too. An update that is less than half as large in company is limited as a
          whole (an update clipped to a global norm, after it has been normalised), for torch's optimizers treat each tensor alone.
 Clipping the same steps with `trainer.gradient_clip_val`: in one of them at least, each group's ratio is half or more of what it
@@ -14,13 +16,15 @@ Clipping the same steps with `trainer.gradient_clip_val`: in one of them at leas
 
 import math
 from collections import Counter
+from functools import partial
 from statistics import fmean
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blagpt_pl.optim.schedule import Constant
+from blagpt_pl.optim.schedule import Schedule
 from blagpt_pl.testing.promises import noisy
 from blagpt_pl.testing.running import aside, fit, random_batches
 
@@ -61,6 +65,7 @@ class Updates(L.Callback):
         first: of every tensor, the norm of its first update.
         moved: the tensors that have moved at all.
         members: the tensors of every group.
+        along: of every group, the sum over the steps of the cosine between its update and its gradient.
     """
 
     def __init__(self, alone: str | None = None) -> None:
@@ -70,7 +75,9 @@ class Updates(L.Callback):
         self.first: dict[str, float] = {}
         self.moved: set[str] = set()
         self.members: dict[str, list[str]] = {}
+        self.along: Counter[str] = Counter()
         self._before: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -86,21 +93,27 @@ class Updates(L.Callback):
             if self.alone not in (None, name):
                 p.grad = None
             self._before[name] = p.detach().clone()
+            self._gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
             size = 0.0 if p.grad is None else p.grad.double().square().mean().sqrt().item()
             self.largest[name] = max(self.largest.get(name, 0.0), size)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        change, size = {}, {}
+        change, size, dot, slope = {}, {}, {}, {}
         for name, p in module.named_parameters():
-            before = self._before[name].double()
-            change[name], size[name] = (p.detach().double() - before).norm().item(), before.norm().item()
+            before, gradient = self._before[name].double(), self._gradients[name].double()
+            update = p.detach().double() - before
+            change[name], size[name], slope[name] = (t.norm().item() for t in (update, before, gradient))
+            dot[name] = (update * gradient).sum().item()
         self.first = self.first or change
         self.moved |= {name for name, norm in change.items() if norm != 0}
         for label, members in self.members.items():
             step, weights = (math.hypot(*(norms[name] for name in members)) for norms in (change, size))
             self.ratios.setdefault(label, []).append(step / weights if weights else math.inf)
+            steep = math.hypot(*(slope[name] for name in members))
+            if step and steep and math.isfinite(step * steep):
+                self.along[label] += sum(dot[name] for name in members) / (step * steep)
 
     def ratio(self, label: str) -> float:
         """A group's ratio: the mean over the steps."""
@@ -109,6 +122,17 @@ class Updates(L.Callback):
     def has_gradient(self, label: str) -> bool:
         """Whether any gradient has reached a group."""
         return any(self.largest[name] > 0 for name in self.members[label])
+
+
+class Factor(Schedule):
+    """One factor for all steps."""
+
+    def __init__(self, total_steps: int, factor: float) -> None:
+        super().__init__(total_steps)
+        self._factor = factor
+
+    def factor(self, step: int) -> float:
+        return self._factor
 
 
 def check_moves(updates: Updates) -> None:
@@ -122,6 +146,7 @@ def check_moves(updates: Updates) -> None:
             f"{label} is throttled: no step at the full learning rate moves it by more than {most:.1e} of its size "
             f"(expected {LEAST:.0e} or more)"
         )
+        assert updates.along[label] < 0, f"{label} moves along its gradient, not against it: the loss is made larger"
     loudest = max(updates.largest.values(), default=0.0)
     for name, size in updates.largest.items():
         assert name in updates.moved or size <= FAINT * loudest, (
@@ -140,15 +165,26 @@ def check_company(updates: Updates, run: "Run") -> None:
         )
 
 
+def check_rate(updates: Updates, run: "Run") -> None:
+    """A first step at a tenth of the learning rate is less than half of one at the full rate."""
+    slow = run(Updates(), steps=1, factor=0.1)
+    for label in filter(updates.has_gradient, updates.members):
+        full, tenth = (math.hypot(*(u.first[name] for name in u.members[label])) for u in (updates, slow))
+        assert tenth <= full / 2, (
+            f"{label} moves by {full:.1e} in its first step, and by {tenth:.1e} at a tenth of the learning rate: the schedule "
+            "does not reach it"
+        )
+
+
 class Run:
     """The same steps again and again, each time from the same start."""
 
     def __init__(self, model: L.LightningModule) -> None:
         self.model = noisy(model).train()
-        self.model.schedule_factory = Constant
         self.batches = random_batches(model, STEPS, 1, 2)
 
-    def __call__(self, updates: Updates, steps: int = STEPS, clip: float | None = None) -> Updates:
+    def __call__(self, updates: Updates, steps: int = STEPS, clip: float | None = None, factor: float = 1.0) -> Updates:
+        self.model.schedule_factory = partial(Factor, factor=factor)
         fit(self.model, self.batches[:steps], updates, clip=clip)
         return updates
 
@@ -168,6 +204,7 @@ def check_optimizer(model: L.LightningModule, clip: float | None = None) -> str:
         free = run(Updates())
         check_moves(free)
         check_company(free, run)
+        check_rate(free, run)
         told = [
             f"{label} {free.ratio(label):.1e}" if free.has_gradient(label) else f"{label} (no gradient)"
             for label in free.members

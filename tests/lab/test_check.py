@@ -65,7 +65,7 @@ def test_a_leak_is_told_and_leaves_with_1(
     assert [row.split("  ")[0] for row in rows[2:5]] == ["causality", "gradient causality", "ruler"]
     assert "BROKEN    BlaGPT in train mode, 13 tokens: looks into the future: output" in rows[2]
     assert "kept" in rows[4]
-    assert rows[-1].startswith("2 BROKEN: causality, gradient causality; 1 promises kept (")
+    assert rows[-1].startswith("2 BROKEN: causality, gradient causality; 1 kept (")
 
 
 def test_the_certificate_as_json(capsys: pytest.CaptureFixture) -> None:
@@ -137,3 +137,48 @@ def test_the_machine_is_left_as_it_was() -> None:
     threads = torch.get_num_threads()
     list(examine.examination(["--config", BASELINE], only=["resume", "compiled"])[1])
     assert torch.get_num_threads() == threads
+
+
+def test_a_broken_promise_leaves_with_1_as_json_too(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as done:
+        check.main(["--config", BASELINE, "--json", "--only", "first loss", "--init-tolerance", "1e-9"])
+    assert done.value.code == 1 and json.loads(capsys.readouterr().out)["kept"] is False
+
+
+STRANGE = """
+import torch
+from blagpt_pl.nn.attention.core_sdpa import SDPA
+
+
+class Drawn(SDPA):
+    def __init__(self, heads):
+        super().__init__(heads)
+        self.scale = 1 + 0.1 * float(torch.rand((), device="cpu"))
+
+    def forward(self, q, k, v):
+        return super().forward(q * self.scale, k, v)
+
+
+class More(SDPA):
+    def __init__(self, heads):
+        super().__init__(heads)
+        if torch.empty(0).device.type != "meta":
+            self.more = torch.nn.Parameter(torch.zeros(3))
+"""
+
+
+@pytest.mark.parametrize(("core", "promise"), [("Drawn", "state dict"), ("More", "parameters")])
+def test_built_anew_and_described_without_memory(
+    core: str, promise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "check_strange.py").write_text(STRANGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--config", BASELINE, "--model.block.attention.core", f"check_strange.{core}"]
+    assert next(examine.examination(words, only=[promise])[1]).state == "BROKEN"
+
+
+def test_the_seed_reaches_the_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(examine, "certify", lambda *args: seen.append(args) or iter(()))
+    examine.examination(["--config", BASELINE], seed=7)
+    assert seen[0][2] == 7

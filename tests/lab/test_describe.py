@@ -16,6 +16,7 @@ from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import describe
 from blagpt_pl.lab.account import Account, ranks_of
 from blagpt_pl.lab.describe_table import beside, difference, shown, single
+from blagpt_pl.lab.leading_files import leading_files
 from blagpt_pl.lab.model_of import layers_for
 from blagpt_pl.lab.module_table import Table, sizes
 from blagpt_pl.nn.flops import count_flops
@@ -299,3 +300,84 @@ def test_the_command_itself_allocates_nothing() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert int(done.stdout.split("\nparameters\n")[1].split()[1].replace(",", "")) > 1.5e9
+
+
+# ---------------------------------------------------------------------- what mutations survived
+
+
+@pytest.fixture(scope="module")
+def eight() -> Account:
+    return Account(layers_for(["--config", BASELINE, "--trainer.devices", "8"]), device_named("H200"))
+
+
+def test_the_time_of_eight_ranks_by_hand(eight: Account) -> None:
+    n, flops, attention, share = 142_570_752, 911_278_080, 3 * 12 * 1024 * 12 * (64 + 64), 512 * 1024 / 8
+    kept = eight.memory.peaks(32).kept
+    assert (eight.micro_batches, eight.attention_flops) == (2, attention)
+    assert kept["activations"] / (32 * 1024 * 12) < 40_000  # compiled
+    moved = share * (3 * kept["activations"] / (32 * 1024) + 12 * 50304) + n * (24 * 2 + 12) + 2 * kept["optimizer"]
+    seconds = share * (flops - attention) / (0.632 * 989.4e12) + share * attention / (0.26 * 989.4e12)
+    seconds += moved / (0.9 * 4.8e12) + 2.1e-11 * 4 * n
+    found = facts(eight)
+    assert found["on H200: step"] == pytest.approx(1e3 * seconds)
+    assert found["on H200: run"] == pytest.approx(5100 * seconds / 3600)
+    assert found["on H200: MFU"] == pytest.approx(512 * 1024 / seconds * flops / (8 * 989.4e12))
+    assert found["run: tokens a step"] == 524_288
+
+
+def test_a_second_micro_batch_finds_gradients_and_ranks_share_the_batch() -> None:
+    of = account(
+        "--config", QUICKSTART, "--data.batch_size", "24", "--data.device_batch_size", "4", "--trainer.devices", "2"
+    )
+    assert of.micro_batches == 3
+    assert facts(of)["memory of a step: gradients"] == 4 * 820_736
+    tight = Account(of.layers, replace(SMALL, memory_bytes=int(of.memory.at(9)["total"] / 0.94) + 1))
+    assert (tight.largest_batch, tight.largest_that_divides) == (9, 6)
+
+
+def test_a_batch_that_must_be_cut_is_counted_with_the_gradients_of_the_first_cut(quickstart: Account) -> None:
+    """device_batch_size is the whole batch; where that does not fit, what fits is one of several micro-batches."""
+    of = account("--config", QUICKSTART)
+    need = [of.memory.at(8, micro)["total"] for micro in (1, 2)]
+    of.device = replace(SMALL, memory_bytes=int(sum(need) / 2 / 0.94) + 1)
+    assert of.memory.at(of.largest_batch, 2)["total"] <= 0.94 * of.device.memory_bytes
+
+
+def test_tokens_a_parameter_are_of_all_parameters() -> None:
+    untied = account("--config", QUICKSTART, "--config", str(CONFIGS / "techniques" / "untied.yaml"))
+    assert facts(untied)["run: tokens a parameter"] == 400 * 16 * 256 / 853_632
+
+
+def test_layers_of_other_flops_are_rows_of_their_own() -> None:
+    counted = {f"blocks.{i}": 10 + (i == 1) for i in range(3)}
+    assert [row.path for row in Table(tiny(n_layers=3), counted, {}).rows(1)][1:4] == [
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+    ]
+
+
+def test_what_is_not_known_is_noted_below_the_columns(quickstart: Account) -> None:
+    assert any(
+        line.startswith("step: not predicted: trainer.precision") for line in beside({"a": quickstart, "b": quickstart})
+    )
+
+
+def test_a_plus_in_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a+b.yaml").touch()
+    assert leading_files([f"{tmp_path}/a+b.yaml"])[0][0][1] == ["--config", f"{tmp_path}/a+b.yaml"]
+
+
+@pytest.mark.parametrize("steps", ["-1"])
+def test_no_number_of_steps_is_told_and_never_zero(steps: str) -> None:
+    found = facts(account("--config", QUICKSTART, "--trainer.max_steps", steps))
+    assert found["run: steps"] is None and "run: tokens" not in found
+
+
+def test_no_sequence_at_all_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"data\.device_batch_size: 0"):
+        list(account("--config", QUICKSTART, "--data.device_batch_size", "0").facts())
+
+
+def test_devices_as_a_list_of_numbers_in_text() -> None:
+    assert (ranks_of({"devices": "0,1"}), ranks_of({"devices": "3,"}), ranks_of({"devices": -1})) == (2, 1, 1)

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import attention, batch, block, tiny, tiny_gpt2
-from torch import nn
+from torch import Tensor, nn
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import fused
 from blagpt_pl.lab.follow import autocast_of, follow
 from blagpt_pl.lab.kernels import gpu_kernels
 from blagpt_pl.lab.memory import step_memory
-from blagpt_pl.lab.storages import CATEGORIES, Storages, nbytes
+from blagpt_pl.lab.storages import CATEGORIES, Storages
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.losses.multi_token import MultiToken
 from blagpt_pl.losses.z_loss import ZLoss
@@ -47,6 +47,12 @@ MODELS = {
     "pattention": partial(tiny, block=block(mlp=partial(PattentionMLP, n_tokens=48))),
 }
 PRECISIONS = ["32-true", "bf16-mixed"]
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of distinct storages."""
+    storages = {id(s): s for s in (t.untyped_storage() for t in tensors if torch.is_tensor(t))}
+    return sum(s.nbytes() for s in storages.values())
 
 
 def baseline() -> LanguageModel:
@@ -362,3 +368,12 @@ def test_the_peak_of_a_real_process() -> None:
     predicted, real, parameters = map(int, done.stdout.split())
     assert 10e6 < parameters < 30e6
     assert predicted == pytest.approx(real, rel=0.1)
+
+
+def test_the_largest_batch_where_the_loss_stops_growing() -> None:
+    """Logits grow up to a chunk and no further, so the straight line through two larger numbers misleads."""
+    memory = step_memory(partial(tiny, context=256, vocab_size=4001), 256, "bf16-mixed", compiled=False)
+    for b in (30, 31):
+        room = memory.at(b)["total"] + 1
+        fresh = step_memory(partial(tiny, context=256, vocab_size=4001), 256, "bf16-mixed", compiled=False)
+        assert fresh.largest_batch(room, reserve=0) == b

@@ -1,6 +1,7 @@
 """The predicted step time against the public figures that it was not fitted to, and its arithmetic."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 from helpers import tiny
@@ -10,6 +11,7 @@ from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab import predict as module
 from blagpt_pl.lab.memory import step_memory
 from blagpt_pl.lab.predict import ANCHORS, gpt2, predict, work_of
+from blagpt_pl.losses.multi_token import MultiToken
 
 TOKENS = 524_288
 
@@ -77,3 +79,8 @@ def test_what_is_not_predicted_is_refused() -> None:
         work_of(step_memory(tiny, 32, "32-true", compiled=False), 2, 512, 2, 1000, 100)
     with pytest.raises(ConfigError, match="3 sequences.*do not divide"):
         work_of(step_memory(tiny, 32, "bf16-mixed", compiled=False), 3, 512, 2, 1000, 100)
+
+
+def test_heads_of_loss_terms_make_logits_too() -> None:
+    memory = step_memory(partial(tiny, losses=[partial(MultiToken, n=3)]), 32, "bf16-mixed", compiled=False)
+    assert work_of(memory, 2, 512, 2, 1000, 100).logits_per_token == 3 * 61

@@ -25,7 +25,8 @@ from blagpt_pl.nn.attention.latent import LatentAttention
 from blagpt_pl.nn.attention.low_rank import LowRankAttention
 from blagpt_pl.nn.attention.pattention import PattentionAttention
 from blagpt_pl.nn.base import Carry, Core, OutputLinear, SequenceMixer, Site, count
-from blagpt_pl.nn.flop_rules import flops, is_free
+from blagpt_pl.nn.flop_rules import attention_flops, flops, is_free
+from blagpt_pl.nn.flop_tally import Tally
 from blagpt_pl.nn.flops import CannotCount, Flops, count_flops
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.mlp import GatedMLP
@@ -684,3 +685,28 @@ def test_a_share_is_rounded_up() -> None:
     """Lower bounds are lower bounds of the total; a token's share never hides an operation."""
     found = Flops({"a": 7}, {"a": 6}, {}, 4)
     assert (found.forward_per_token, found.backward_per_token, found.per_token) == (2, 2, 4)
+
+
+def test_an_operation_of_another_library_is_never_free_by_its_name() -> None:
+    @torch.library.custom_op("flops_test::sum", mutates_args=())
+    def total(x: Tensor) -> Tensor:
+        return x.sum(-1)
+
+    assert not is_free(torch.ops.flops_test.sum.default)
+
+
+def test_attention_between_two_lengths_is_all_pairs() -> None:
+    q, k = torch.empty(1, 2, 3, 4), torch.empty(1, 2, 7, 4)
+    assert attention_flops(q, k, k) == 2 * 3 * 7 * (4 + 4) * 2
+
+
+def test_the_place_is_that_of_its_error() -> None:
+    tally = Tally()
+    tally._fail(ValueError("one"), "blocks.0")
+    assert tally.place_of(ValueError("other")) == ""
+
+
+def test_a_lower_bound_is_no_number_for_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Flops({"": 10}, {"": 20}, {"aten::sort": 1}, 1)
+    monkeypatch.setattr("blagpt_pl.lm.count_flops", lambda *args: found)
+    assert tiny().flops_per_token() is None

@@ -301,7 +301,8 @@ class Orthogonal(Optimizer):
     norm = float("inf")
 
     def change(self, updates: list[Tensor]) -> list[Tensor]:
-        updates = [0.01 * F.normalize(u.flatten(), dim=0).view_as(u) * u.numel() ** 0.5 for u in updates]
+        rate = self.param_groups[0]["lr"]
+        updates = [rate * F.normalize(u.flatten(), dim=0).view_as(u) * u.numel() ** 0.5 for u in updates]
         total = torch.stack([u.norm() for u in updates]).norm()
         return [u * min(1.0, self.norm / total.item()) for u in updates]
 
@@ -318,7 +319,7 @@ class EachToNothing(Optimizer):
     """Tensor by tensor, so that company does not matter."""
 
     def change(self, updates: list[Tensor]) -> list[Tensor]:
-        return [1e-7 * u / u.norm() for u in updates]
+        return [1e-5 * self.param_groups[0]["lr"] * u / u.norm() for u in updates]
 
 
 class Explodes(Optimizer):

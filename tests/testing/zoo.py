@@ -24,18 +24,22 @@ from zoo_models import (
     Deaf,
     DoubleShift,
     DrawnAnew,
+    FixedRate,
     Forgotten,
     GrowingBuffer,
+    InfiniteAtTwenty,
     InTwoGroups,
     LastWeighsMore,
     LongerRuler,
     MeanOfBatches,
     MeanOfMeans,
+    Misdeclared,
     NextRow,
     NothingButBias,
     Peeks,
     ReadsElsewhere,
     Remembers,
+    Reseeds,
     Restarts,
     Rolled,
     RulerOfAll,
@@ -46,6 +50,7 @@ from zoo_models import (
     Whisper,
     WithoutPad,
     WithoutRole,
+    WritesTokens,
 )
 from zoo_parts import (
     AcrossAnEdge,
@@ -211,7 +216,12 @@ ZOO: dict[str, Bug] = {
     "table of the first call": Bug(partial(attending, BiasOfTheFirstCall), {"no memory": "something outlives a batch"}),
     "a state that outlives a batch": Bug(partial(made, Remembers), {"no memory": "something outlives a batch"}),
     "dropout in evaluation": Bug(
-        partial(mixing, DropsInEvaluation), {"batch": "same sequence alone"}, partial(tiny, block=block(dropout=0.1))
+        partial(mixing, DropsInEvaluation),
+        {
+            "runs": "in eval mode, 13 tokens: the same input gives .* randomness in evaluation",
+            "batch": "sequence alone",
+        },
+        partial(tiny, block=block(dropout=0.1)),
     ),
     "targets off by one": Bug(partial(made, Rolled), {"objective": "next-token loss"}),
     "targets shifted twice": Bug(partial(made, DoubleShift), {"objective": "next-token loss"}),
@@ -260,7 +270,7 @@ ZOO: dict[str, Bug] = {
     ),
     "another path when compiled": Bug(
         partial(mixing, partial(AnotherWhenCompiled, activation=SiLU, ratio=2)),
-        {"compiled": "differs by .* from eager"},
+        {"compiled": "away from eager"},
     ),
     "softmax in half": Bug(partial(attending, SoftmaxInHalf), {"bf16": "objective (nan|inf)|is not finite"}),
     "micro-batches added": Bug(
@@ -270,7 +280,9 @@ ZOO: dict[str, Bug] = {
         partial(made, LastWeighsMore), {"accumulation": "differs by .* from that of the objective"}
     ),
     "a generator of its own": Bug(
-        partial(mixing, OwnGenerator), {"resume": "after resuming at step 2"}, partial(tiny, block=block(dropout=0.1))
+        partial(mixing, OwnGenerator),
+        {"runs": "in train mode, .* that the seed does not set", "resume": "after resuming at step 2"},
+        partial(tiny, block=block(dropout=0.1)),
     ),
     "a clip that throttles": Bug(
         partial(tiny, optimizer=sgd),
@@ -312,4 +324,19 @@ ZOO: dict[str, Bug] = {
         partial(made, Restarts), {"generate": "next_logits: differ .* given 5 tokens"}
     ),
     "all are vectors": Bug(partial(made, AllVectors), {"roles": "is no vector"}),
+    "an optimizer that climbs": Bug(
+        partial(tiny, optimizer=partial(torch.optim.AdamW, lr=3e-3, maximize=True)),
+        {"optimizer": "moves along its gradient, not against it"},
+    ),
+    "a rate that no schedule reaches": Bug(
+        partial(tiny, optimizer=partial(FixedRate, lr=0.1)),
+        {"optimizer": "at a tenth of the learning rate: the schedule does not reach it"},
+        partial(tiny, optimizer=partial(torch.optim.SGD, lr=0.1)),
+    ),
+    "excused from nothing": Bug(partial(made, Misdeclared), {"declarations": "'longmemory' is no promise"}),
+    "everybody's dice": Bug(partial(made, Reseeds), {"runs": "in train mode, 13 tokens: forward sets the global seed"}),
+    "tokens written into": Bug(partial(made, WritesTokens), {"runs": "the tokens are written into"}),
+    "an overflow at one position": Bug(
+        partial(made, InfiniteAtTwenty), {"runs": "23 tokens: logits 20 are not finite"}
+    ),
 }

@@ -327,3 +327,47 @@ class SkipsTallMatrices(torch.optim.AdamW):
             if p.ndim > 1 and p.shape[0] != p.shape[1]:
                 p.grad = None
         super().step()
+
+
+class FixedRate(torch.optim.SGD):
+    """Steps at a rate of its own, whatever its groups and the schedule say."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        for group in self.param_groups:
+            group["lr"] = 0.1
+        super().step(closure)
+
+
+# ---------------------------------------------------------------------- what does not run as it should
+
+
+class Misdeclared(BlaGPT):
+    """Excuses itself from a promise that there is not."""
+
+    exempt = {"longmemory": "a name of two words"}  # noqa: RUF012
+
+
+class Reseeds(BlaGPT):
+    """Makes its dropout repeatable by setting everybody's dice."""
+
+    def features(self, tokens: Tensor) -> Tensor:
+        if self.training:
+            torch.manual_seed(0)
+        return super().features(tokens)
+
+
+class WritesTokens(BlaGPT):
+    """Begins every sequence with token 0, in the caller's tensor."""
+
+    def features(self, tokens: Tensor) -> Tensor:
+        tokens[:, 0] = 0
+        return super().features(tokens)
+
+
+class InfiniteAtTwenty(BlaGPT):
+    """An overflow at one position."""
+
+    def features(self, tokens: Tensor) -> Tensor:
+        x = super().features(tokens)
+        far = torch.arange(tokens.shape[1]) == 20
+        return torch.where(far[:, None], torch.inf, x)
