@@ -27,6 +27,8 @@ def layers_for(argv: Iterable[str]) -> Layers:
     layers = from_arguments(argv)
     if layers.rest:
         raise ConfigError(f"{layers.rest[0]}: no such help here; fix: blagpt fit {layers.rest[0]}")
+    if not layers.tree:
+        raise ConfigError("no configuration is named; fix: --config FILE, such as configs/blagpt.yaml")
     if needs_base(layers.tree):
         raise ConfigError("model: no layer names its class; fix: name a complete --config first")
     with explained(layers):

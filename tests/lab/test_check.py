@@ -115,8 +115,12 @@ def test_mistakes_are_told(words: list[str], message: str) -> None:
 
 
 def test_without_a_configuration_it_says_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="name a complete --config first"):
+    with pytest.raises(ConfigError, match="no configuration is named; fix: --config FILE"):
         check.main([])
+    with pytest.raises(ConfigError, match="name a complete --config first"):
+        check.main([str(CONFIGS / "techniques" / "untied.yaml")])
+    with pytest.raises(ConfigError, match=r"gpt2\.yaml: a second model"):
+        check.main([BASELINE, str(CONFIGS / "gpt2.yaml")])
 
 
 def test_every_promise_says_what_it_is(capsys: pytest.CaptureFixture) -> None:

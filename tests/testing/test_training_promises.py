@@ -473,3 +473,40 @@ def test_a_run_trains_a_copy_in_the_mode_it_is_given() -> None:
     assert not any(
         torch.equal(runs[0].callback_metrics[name], runs[1].callback_metrics[name]) for name in ["train/loss"]
     )
+
+
+class ForgetsState(torch.optim.SGD):
+    """Counts its steps where nothing reads them, and begins anew when it is loaded."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["count"] = self.state[p].get("count", 0) + 1
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["count"] = 0
+
+
+class ForgetsGroups(torch.optim.SGD):
+    """The same in its groups."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["count"] = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [(ForgetsState, r"optimizer state of [\w.]+ count differs"), (ForgetsGroups, r"optimizer group 0 count differs")],
+)
+def test_what_an_optimizer_forgets_is_found_even_where_nothing_reads_it(kind: type, where: str) -> None:
+    with pytest.raises(AssertionError, match=where):
+        check_resume(tiny(optimizer=partial(kind, lr=0.01)))
