@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from textwrap import shorten
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -27,6 +26,7 @@ from blagpt_pl.lab.fused import backend
 from blagpt_pl.lab.kernels import gpu_kernels
 from blagpt_pl.lab.storages import CATEGORIES, Storages
 from blagpt_pl.lm import LanguageModel
+from blagpt_pl.nn.flops import told
 
 CHUNK = 8192  # tokens of the loss at once (`losses.next_token.chunked`), beyond which logits take no more memory
 PROBES = 8  # numbers that are followed before the search halves what is left
@@ -59,7 +59,7 @@ class StepMemory:
                 self.model = make()
                 cast(self.model, precision)
         except RuntimeError as error:
-            raise CannotFollow(f"the model is not built without data ({type(error).__name__}: {error})") from error
+            raise CannotFollow(f"the model is not built without data ({told(error)})") from error
         self.note = COMPILED if compiled else EAGER
         self._found: dict[int, Peaks] = {}
 
@@ -155,8 +155,7 @@ class StepMemory:
         try:
             return self._follow(b)
         except RuntimeError as error:
-            words = shorten(str(error), 150)
-            raise CannotFollow(f"the model does not run without data ({type(error).__name__}: {words})") from error
+            raise CannotFollow(f"the model does not run without data ({told(error)})") from error
 
     def _follow(self, b: int) -> Peaks:
         gc.collect()

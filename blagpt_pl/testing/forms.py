@@ -9,10 +9,9 @@ import io
 import torch
 from torch import Tensor, nn
 
+from blagpt_pl.optim.roles import ROLES
 from blagpt_pl.testing.promises import CLOSE
 from blagpt_pl.testing.subject import Subject, train
-
-ROLES = {"matrix", "embedding", "head", "vector"}  # as in `optim.roles`
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
@@ -32,7 +31,7 @@ def roles(subject: Subject) -> str:
     said, names = subject.model.parameter_roles(), {name for name, _ in subject.model.named_parameters()}
     odd = sorted(names ^ said.keys())
     assert not odd, f"parameter_roles: {odd[0]} {'has no role' if odd[0] in names else 'is no parameter'}"
-    unknown = sorted(set(said.values()) - ROLES)
+    unknown = sorted(set(said.values()) - set(ROLES))
     assert not unknown, f"parameter_roles: unknown role {unknown[0]!r} (expected one of {', '.join(sorted(ROLES))})"
     for name, p in subject.model.named_parameters():
         assert (said[name] == "vector") == (p.ndim < 2), f"parameter_roles: {name} {tuple(p.shape)} is no {said[name]}"
