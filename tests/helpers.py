@@ -14,7 +14,7 @@ from blagpt_pl.nn.attention.edit_rope import RoPE
 from blagpt_pl.nn.base import Carry, Heads, Site
 from blagpt_pl.nn.block import Block
 from blagpt_pl.nn.embed import LearnedPositions
-from blagpt_pl.nn.head import TiedHead
+from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.mlp import MLP, GatedMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
@@ -59,6 +59,19 @@ def tiny_gpt2(**changes: object) -> BlaGPT:
         "init": GPT2Init(zero_outputs=False),
     }
     return tiny(**{**arguments, **changes})
+
+
+VARIANTS = {  # sound models of several makes
+    "baseline": tiny,
+    "GPT-2": tiny_gpt2,
+    "own head, post-norm, dropout": partial(
+        tiny, head=partial(LinearHead, bias=True), block=block(post_norm=RMSNorm, dropout=0.1), dropout=0.1
+    ),
+    "no zero start, one kv head": partial(
+        tiny, init=GPT2Init(zero_outputs=False), block=block(attention=attention(n_kv_heads=1))
+    ),
+    "short context": partial(tiny, context=11),
+}
 
 
 def batch(model: BlaGPT, size: int = 3, length: int = 23, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

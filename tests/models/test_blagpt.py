@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SITE, L, attention, batch, block, carry_of, gated, qk_norm, shake, tiny, tiny_gpt2
+from helpers import SITE, VARIANTS, L, attention, batch, block, carry_of, gated, qk_norm, shake, tiny, tiny_gpt2
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -18,9 +18,8 @@ from blagpt_pl.nn.activation import GELU, SiLU
 from blagpt_pl.nn.attention.edit_rope import RoPE
 from blagpt_pl.nn.base import Carry, Site, count
 from blagpt_pl.nn.head import LinearHead, TiedHead
-from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.mlp import MLP, GatedMLP
-from blagpt_pl.nn.norm import LayerNorm, RMSNorm
+from blagpt_pl.nn.norm import LayerNorm
 from blagpt_pl.testing import check_model
 
 # ---------------------------------------------------------------------- size
@@ -73,18 +72,6 @@ def test_gpt2_has_124_439_808_parameters() -> None:
 
 
 # ---------------------------------------------------------------------- the contract
-
-VARIANTS = {
-    "baseline": tiny,
-    "GPT-2": tiny_gpt2,
-    "own head, post-norm, dropout": partial(
-        tiny, head=partial(LinearHead, bias=True), block=block(post_norm=RMSNorm, dropout=0.1), dropout=0.1
-    ),
-    "no zero start, one kv head": partial(
-        tiny, init=GPT2Init(zero_outputs=False), block=block(attention=attention(n_kv_heads=1))
-    ),
-    "short context": partial(tiny, context=11),
-}
 
 
 @pytest.mark.parametrize("build", VARIANTS.values(), ids=VARIANTS)

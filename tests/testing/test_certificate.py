@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from helpers import attention, block, gated, qk_norm, tiny, tiny_gpt2
+from helpers import VARIANTS, attention, block, gated, qk_norm, tiny
 from torch import Tensor, nn
 from zoo import made
 from zoo_models import Unused
@@ -28,8 +28,7 @@ from blagpt_pl.nn.attention.latent import LatentAttention
 from blagpt_pl.nn.attention.low_rank import LowRankAttention
 from blagpt_pl.nn.attention.pattention import PattentionAttention
 from blagpt_pl.nn.base import Carry, ChannelMixer, Norm, Site
-from blagpt_pl.nn.head import LinearHead, TiedHead
-from blagpt_pl.nn.init import GPT2Init
+from blagpt_pl.nn.head import TiedHead
 from blagpt_pl.nn.mlp import MLP, GatedMLP
 from blagpt_pl.nn.mlp_pattention import PattentionMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
@@ -80,15 +79,7 @@ class Balanced(ChannelMixer):
 SOUND = {
     "float32 inside": partial(tiny, norm=Float32Norm, block=block(norm=Float32Norm)),
     "a buffer that training moves": partial(tiny, block=block(mlp=Balanced)),
-    "baseline": tiny,
-    "GPT-2": tiny_gpt2,
-    "own head, post-norm, dropout": partial(
-        tiny, head=partial(LinearHead, bias=True), block=block(post_norm=RMSNorm, dropout=0.1), dropout=0.1
-    ),
-    "no zero start, one kv head": partial(
-        tiny, init=GPT2Init(zero_outputs=False), block=block(attention=attention(n_kv_heads=1))
-    ),
-    "short context": partial(tiny, context=11),
+    **VARIANTS,
     "long context": partial(tiny, context=64, vocab_size=128),
     "ReLU2": partial(tiny, block=block(mlp=partial(GatedMLP, activation=ReLU2, ratio=2))),
     "plain mlp, LayerNorm": partial(tiny, norm=LayerNorm, block=block(mlp=partial(MLP, activation=GELU))),
