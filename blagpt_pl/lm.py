@@ -6,7 +6,7 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import lightning as L
 import torch
@@ -16,12 +16,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.losses.next_token import IGNORE, chunked, summed, total_nats
-from blagpt_pl.losses.objective import objective
+from blagpt_pl.losses.choice import LossName, loss_named
+from blagpt_pl.losses.next_token import IGNORE
+from blagpt_pl.losses.objective import measure, objective, untraceable
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, Head
+from blagpt_pl.nn.compiled import compiled
 from blagpt_pl.nn.flops import CannotCount, count_flops
-from blagpt_pl.nn.roles import roles_of
+from blagpt_pl.nn.memory import MemoryPolicy
+from blagpt_pl.nn.roles import roles_of, splits_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
 from blagpt_pl.resume import between_steps, number_by_model, start_afresh
@@ -46,6 +49,12 @@ class LanguageModel(L.LightningModule):
         optimizer: builds the optimizer from parameter groups.
         schedule: builds the schedule from the number of steps of the run.
         compile: backend of torch.compile for the regions and the loss, or None to run eagerly.
+        loss: how the next-token loss is made: chunked, full (its naive twin) or liger.
+        memory: what the regions recompute instead of keeping it; nothing by default.
+        whole_graph: compile trunk and loss as one graph instead of region by region.
+
+    Raises:
+        ValueError: no such backend, or a choice that would have no effect.
     """
 
     head: Head
@@ -57,11 +66,18 @@ class LanguageModel(L.LightningModule):
         optimizer: OptimizerFactory,
         schedule: ScheduleFactory,
         compile: str | None = None,
+        loss: LossName = "chunked",
+        memory: MemoryPolicy | None = None,
+        whole_graph: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(compile, str) and compile not in torch._dynamo.list_backends(exclude_tags=()):
             known = ", ".join(torch._dynamo.list_backends())
             raise ValueError(f"model.compile: {compile!r} is no backend of torch.compile (expected one of {known})")
+        if whole_graph and compile is None:
+            raise ValueError("model.whole_graph: no effect without model.compile; fix: model.compile: inductor")
+        if memory is not None:
+            memory.check(compile)
         self.vocab_size = vocab_size
         self.context = context
         self.seed = torch.initial_seed()
@@ -70,10 +86,13 @@ class LanguageModel(L.LightningModule):
         self.optimizer_factory = optimizer
         self.schedule_factory = schedule
         self.backend = compile
+        self.memory = memory
         self._configured = False
         self._counted = False
         self._flops: int | None = None
-        self._summed = summed
+        self._loss = loss_named(loss)
+        self.whole_graph = whole_graph
+        self._objective, self._measure = objective, measure
         self._window = Window()
         self._grad_norm: Tensor | None = None
         self._lr: dict[str, float] = {}
@@ -117,15 +136,15 @@ class LanguageModel(L.LightningModule):
             The scalar to differentiate, and the numbers it is the sum of: `loss`, the next-token loss in nats a token,
             and the terms of `losses` by name, weighted.
         """
-        return objective(self, self._summed, tokens, targets)
+        return self._objective(self, self._loss, tokens, targets)
 
     def next_token(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Mean next-token loss alone, in nats a token, chunk by chunk; differentiable."""
-        return chunked(self.head, features, targets, body=self._summed)
+        """Mean next-token loss alone, in nats a token; differentiable."""
+        return self._loss.parts(self.head, features, targets)[0]
 
     def measure(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy of the targets that count, in nats, float64."""
-        return total_nats(self.head, self.features(tokens), targets)
+        return self._measure(self, self._loss, tokens, targets)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, V): logits of the token that follows."""
@@ -165,14 +184,15 @@ class LanguageModel(L.LightningModule):
         optimizer.zero_grad()
         self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
         n, ranks, rank = len(inputs), self.trainer.world_size, self.trainer.global_rank
+        step = self.trainer.global_step
         self.tokens_per_step = inputs.numel() * ranks
         for micro in range(n):
             last = micro == n - 1
-            reseed(self.seed, self.trainer.global_step, micro * ranks + rank)
+            reseed(self.seed, step, micro * ranks + rank)
             total, parts = self.objective(inputs[micro], targets[micro])
-            total = total / n
+            total = total if n == 1 else total / n
             for name, value in parts.items():
-                self._window.add(name, value / n)
+                self._window.add(name, value if n == 1 else value / n)
             if not last:
                 with without_sync(self), without_autocast(self.device):
                     self.trainer.strategy.backward(total, optimizer)
@@ -189,12 +209,19 @@ class LanguageModel(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as the Trainer is told to, and keep the norm from before for the log."""
-        if gradient_clip_val or self.log_due(self.trainer.global_step + 1):
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
-            self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip as the Trainer is told to, and keep the norm from before for the log; it is computed once."""
+        if not gradient_clip_val and not self.log_due(self.trainer.global_step + 1):
+            return
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not gradient_clip_val:
+            return
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":  # without a scaler, Lightning refuses fused optimizers for no reason
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Log the means since the last log, stamped with the number of optimizer steps taken."""
@@ -203,12 +230,15 @@ class LanguageModel(L.LightningModule):
             self.trainer.should_stop = True  # Lightning then validates once more before it leaves
         if not self.log_due(step):
             return
-        self.log_dict({f"train/{name}": mean for name, mean in self._window.means().items()}, sync_dist=True)
         rates = {"lr": next(iter(self._lr.values()))}
         if len(set(self._lr.values())) > 1:
             rates |= {f"lr/{role}": lr for role, lr in self._lr.items()}
-        tokens = float(step * self.tokens_per_step)
-        self.log_dict({**rates, "grad_norm": self._grad_norm, "tokens": tokens, "step": float(step)})
+        self.report({**rates, "tokens": float(step * self.tokens_per_step)})
+        self._window.publish(self.trainer, step, {} if self._grad_norm is None else {"grad_norm": self._grad_norm})
+
+    def report(self, scalars: Mapping[str, float]) -> None:
+        """Numbers of the host for the log of this step: from a callback's `on_train_batch_end`, where `log_due`."""
+        self._window.reported.update(scalars)
 
     def log_due(self, step: int) -> bool:
         """Whether scalars are logged when this many optimizer steps have been taken."""
@@ -265,20 +295,39 @@ class LanguageModel(L.LightningModule):
         if self._configured:
             return
         self._configured = True
+        if self.device_mesh is not None or self.memory is not None:
+            self.flops_per_token()  # a sharded model cannot be copied; what is recomputed is no FLOP of the model
+        self.apply_memory_policy()
         if self.backend is not None:
             self.compile_regions(self.backend)
         if self.device_mesh is not None:
-            self.flops_per_token()  # a sharded model cannot be copied
+            if self.whole_graph:
+                raise ConfigError("model.whole_graph: true, but FSDP2 gathers weights region by region; fix: false")
             shard(self, self.regions(), self.device_mesh)
 
+    def apply_memory_policy(self) -> None:
+        """Let the policy change the regions of the model and of its terms, in place; once more changes nothing."""
+        if self.memory is not None:
+            for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
+                self.memory.on_region(region)
+
     def compile_regions(self, backend: str | Callable) -> None:
-        """Compile in place, each as one graph: the regions of the model and of its terms, and the loss of a chunk."""
+        """Compile in place, each as one graph: the regions of the model and of its terms, and the loss of a chunk.
+
+        With `whole_graph`: two graphs in all, one of the objective and one of what validation measures.
+        """
         torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
         if hasattr(torch._functorch.config, "backward_pass_autocast"):  # not in every torch that we allow
             torch._functorch.config.backward_pass_autocast = "off"  # as in eager training
+        for_regions = backend if self.memory is None else self.memory.backend(backend)
+        if self.whole_graph:
+            if reason := untraceable(self):
+                raise ConfigError(f"model.whole_graph: true, but {reason} cannot be traced; fix: false")
+            self._objective, self._measure = (compiled(f, for_regions) for f in (objective, measure))
+            return
         for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
-            region.compile(backend=backend, fullgraph=True, dynamic=False)
-        self._summed = torch.compile(summed, backend=backend, dynamic=False)
+            region.compile(backend=for_regions, fullgraph=True, dynamic=False)
+        self._loss = self._loss.compiled(backend)
 
     def make_optimizer(self) -> Optimizer:
         """One optimizer over the groups of `parameter_roles`.
@@ -287,7 +336,7 @@ class LanguageModel(L.LightningModule):
             ConfigError: it does not take them.
         """
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
-        groups = groups_by_role(named, self.parameter_roles())
+        groups = groups_by_role(named, self.parameter_roles(), splits_of(self))
         try:
             return self.optimizer_factory(groups)
         except (TypeError, ValueError) as error:

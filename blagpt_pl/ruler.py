@@ -6,6 +6,7 @@ How      a torchmetrics metric: sums in float64 on each rank, added over ranks, 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ class Ruler(Metric):
         super().__init__()
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")  # nats, tokens, bytes
         self.add_state("unmeasured", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "Ruler":
+        """Follow the model to another device, never to another type, as a model of 16-bit weights would ask for."""
+
+        def moved(sums: Tensor) -> Tensor:
+            new = fn(sums)
+            return new if new.dtype == sums.dtype else sums.to(new.device)
+
+        return super()._apply(moved, exclude_state)
 
     def update(self, nats: Tensor, tokens: Tensor, n_bytes: Tensor | None = None) -> None:
         """Add one batch.

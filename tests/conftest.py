@@ -1,8 +1,11 @@
 """What every test may ask for."""
 
 import copy
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the fork server of the system tests imports it, too
 
 import pytest
 import torch

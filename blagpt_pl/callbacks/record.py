@@ -21,11 +21,14 @@ from lightning.pytorch.callbacks import Timer
 from blagpt_pl import __version__
 from blagpt_pl.callbacks.atomic_io import write_atomically
 from blagpt_pl.callbacks.checkpoint import Checkpoint
+from blagpt_pl.callbacks.first_step import FirstStep
 from blagpt_pl.callbacks.step_time import StepTime
 from blagpt_pl.callbacks.summary import summary
 from blagpt_pl.callbacks.unigram import Unigram
 from blagpt_pl.callbacks.vram import PeakVRAM, peak_ram_mib
 from blagpt_pl.errors import Diverged
+from blagpt_pl.nn.attention.backends import kernels
+from blagpt_pl.nn.autocast import autocast_dtype
 from blagpt_pl.nn.base import count
 
 
@@ -58,6 +61,13 @@ def hardware(device: torch.device, ranks: int) -> str:
         name = models[0] if models else name
     threads = torch.get_num_threads()
     return f"{ranks} x CPU ({name}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def attention(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    """The kernels that attention runs by, under the run's precision; "" where a model has none."""
+    with trainer.precision_plugin.train_step_context():
+        dtype = autocast_dtype(pl_module.device) or next(pl_module.parameters()).dtype
+    return kernels(pl_module, pl_module.device, dtype, getattr(pl_module, "context", 1))
 
 
 def _find(trainer: L.Trainer, kind: type) -> Any:
@@ -94,7 +104,8 @@ class Record(L.Callback):
             size = f"{count(pl_module.parameters()) / 1e6:,.2f} M parameters"
             length = f"{trainer.max_steps:,} steps of {getattr(trainer.datamodule, 'tokens_per_step', 0):,} tokens"
             where = hardware(pl_module.device, trainer.world_size)
-            print(f"{self._folder}: {type(pl_module).__name__}, {size}, {length}, {where}", flush=True)
+            by = f", attention by {kernel}" if (kernel := attention(trainer, pl_module)) else ""
+            print(f"{self._folder}: {type(pl_module).__name__}, {size}, {length}, {where}{by}", flush=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._started:
@@ -131,7 +142,7 @@ class Record(L.Callback):
         finite = {name: float(value) for name, value in logged.items() if math.isfinite(float(value))}
         metrics = {name.replace("/", "_"): _rounded(value) for name, value in finite.items()}
         metrics["val_tokens"] = int(metrics.get("val_tokens", 0))
-        steps, memory, saved = (_find(trainer, kind) for kind in (StepTime, PeakVRAM, Checkpoint))
+        steps, first, memory, saved = (_find(trainer, kind) for kind in (StepTime, FirstStep, PeakVRAM, Checkpoint))
         data = trainer.datamodule
         result = {
             "state": state,
@@ -148,6 +159,8 @@ class Record(L.Callback):
             result |= {"best_val_loss": _rounded(saved.best), "best_step": saved.best_step}
         if steps is not None:
             result |= {k: _rounded(v) for k, v in steps.summary().items()}
+        if first is not None:
+            result |= {k: _rounded(v) if isinstance(v, float) else v for k, v in first.summary().items()}
         if memory is not None:
             result |= {
                 "peak_vram_train_mib": _rounded(memory.train_mib),
@@ -156,6 +169,7 @@ class Record(L.Callback):
         return result | {
             "peak_ram_mib": _rounded(peak_ram_mib()),
             "hardware": hardware(pl_module.device, trainer.world_size),
+            "attention": attention(trainer, pl_module),
             "ranks": trainer.world_size,
             "precision": str(trainer.precision),
             "code": code_version(),

@@ -24,7 +24,15 @@ def summary(result: Mapping) -> str:
     rows.append(("tokens", f"{result['tokens']:,}"))
     if "step_ms" in result:
         pace = f"{result['step_ms']:,.1f} ms median, {result['step_ms_p90']:,.1f} ms p90, {result['tokens_per_s']:,.0f} tokens/s"
+        pace += f", optimizer {result['optimizer_ms']:,.1f} ms" if "optimizer_ms" in result else ""
         rows.append(("step", pace))
+    if "first_step_s" in result:
+        first = f"{result['first_step_s']:,.1f} s"
+        if pieces := result.get("kernels_compiled", 0) + result.get("kernels_cached", 0):
+            first += (
+                f", {result['graphs']} graphs in all, {result['kernels_cached']} of {pieces} pieces from torch's cache"
+            )
+        rows.append(("first step", first))
     vram = max(result.get("peak_vram_train_mib", 0), result.get("peak_vram_eval_mib", 0))
     memory = f"VRAM {result.get('peak_vram_train_mib', 0):,.0f} MiB training, {result.get('peak_vram_eval_mib', 0):,.0f} MiB evaluating"
     rows.append(("peak memory", memory if vram else f"RAM {result['peak_ram_mib']:,.0f} MiB (no accelerator)"))

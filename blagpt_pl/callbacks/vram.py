@@ -44,7 +44,7 @@ class PeakVRAM(L.Callback):
             return
         if pl_module.device.type == "cuda":
             self.train_mib = max(self.train_mib, torch.cuda.max_memory_allocated(pl_module.device) / MIB)
-        pl_module.log_dict({"perf/peak_vram_mib": self.train_mib, "perf/peak_ram_mib": peak_ram_mib()})
+        pl_module.report({"perf/peak_vram_mib": self.train_mib, "perf/peak_ram_mib": peak_ram_mib()})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.train_mib = max(self.train_mib, self._take(pl_module.device))

@@ -5,7 +5,8 @@ What     a training batch is one whole optimizer step, (A, b, T) inputs and targ
          `test_tokens` right after them.
 Differs  from a usual LightningDataModule: no DataLoader, no sampler, no position to save. Training starts at the
          trainer's optimizer step, so resuming and changing the number of ranks repeat nothing and lose nothing
-Cost     0 workers and 1 reading thread; every file's header is read at the start, on every rank
+Cost     0 workers and 1 reading thread; on CUDA a few pinned buffers of a step each (`data/buffers.py`); every file's
+         header is read at the start, on every rank
 """
 
 import warnings
@@ -54,6 +55,7 @@ class TokenData(L.LightningDataModule):
         self.val_tokens = val_tokens
         self.test_tokens = test_tokens
         self.shuffle_seed = shuffle_seed
+        self._train_batches: TrainBatches | None = None
 
     def __str__(self) -> str:
         """Lightning's own `__str__` opens every loader and fails on those that are no DataLoader."""
@@ -97,9 +99,10 @@ class TokenData(L.LightningDataModule):
         stream = TokenStream(self.train_shards, self.context, self.shuffle_seed)
         rank, world = self._rank_and_world()
         trainer, device = self.trainer, self._pinning_device()
-        return TrainBatches(
+        self._train_batches = TrainBatches(
             stream, self.batch_size, self.device_batch_size, rank, world, lambda: trainer.global_step, device
         )
+        return self._train_batches
 
     def val_dataloader(self) -> EvalBatches:
         return self._eval_batches(0, self.val_tokens)
@@ -110,6 +113,13 @@ class TokenData(L.LightningDataModule):
                 "data.test_tokens: null (expected a number of tokens to test on); fix: set data.test_tokens"
             )
         return self._eval_batches(self.val_tokens, self.test_tokens)
+
+    def transfer_batch_to_device(self, batch: Tensor | EvalBatch, device: torch.device, dataloader_idx: int) -> object:
+        """Lightning's copy, which from pinned memory runs on after this has returned; then an event behind it."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if device.type == "cuda" and isinstance(batch, Tensor) and self._train_batches is not None:
+            self._train_batches.give_back(batch, torch.cuda.current_stream(device).record_event())
+        return moved
 
     def on_after_batch_transfer(self, batch: Tensor | EvalBatch, dataloader_idx: int) -> tuple[Tensor, ...]:
         """Cast and shift on the device: half the bytes cross the bus, and each of them once."""

@@ -5,18 +5,22 @@ Format   256 little-endian int32 (magic, version, token count, zeros), then the 
          magic 20240520, version 1, uint16: vocabularies up to 65,535 · magic 20240801, version 7, uint32: larger ones
 Differs  a file appears under its name only when it is whole (temporary file beside it, fsync, rename), and each file is
          checked against its header; reads go through `preadv`, so a file that shrinks during training is an error
-         message, where a memory map would be a SIGBUS without one
-Cost     1 KiB a file; one system call a window (two where a window crosses a file edge)
+         message, where a memory map would be a SIGBUS without one. Asking for the file's size before each batch would
+         not do: it may shrink between the question and the read
+Cost     1 KiB a file; one system call for all windows that follow one another, so one a batch in the order of the
+         files, one a window in any other (and one more where a file ends)
 """
 
-import bisect
 import glob
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -133,6 +137,8 @@ class ShardSet:
         self.vocab_size = vocab_size
         self.starts = [0, *itertools.accumulate(shard.n_tokens for shard in shards)]
         self.n_tokens = self.starts.pop()
+        self._dtype = max((shard.dtype for shard in shards), key=lambda dtype: dtype.itemsize)
+        self._narrow = {number for number, shard in enumerate(shards) if shard.dtype != self._dtype}
         self._descriptors: dict[int, int] = {}
 
     @classmethod
@@ -141,24 +147,73 @@ class ShardSet:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out`, one row of int32 or int64, with the tokens from `start` on."""
-        assert 0 <= start and start + len(out) <= self.n_tokens, (
-            f"tokens {start} to {start + len(out)} of {self.n_tokens}"
+        self.read_windows(np.array([start]), out[None])
+
+    def read_windows(self, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fill row i of `out`, (n, L) int32 or int64, with the tokens from `starts[i]` on.
+
+        Rows that follow one another, each beginning with the last token of the one before, are read as one run.
+
+        Raises:
+            DataError: a file shrank or cannot be read, or a token is outside the vocabulary.
+        """
+        if not out.size:
+            return
+        n, length = out.shape
+        ahead = length - 1  # from one window of a run to the next
+        begins = [0, *((starts[1:] - starts[:-1] != ahead).nonzero()[0] + 1).tolist()] if ahead else [*range(n)]
+        if len(begins) == n:  # no two follow one another
+            out[:] = self._tokens(starts.tolist(), [length] * n).reshape(n, length)
+            return
+        rows = [b - a for a, b in pairwise([*begins, n])]
+        tokens = self._tokens(starts[begins].tolist(), [r * ahead + 1 for r in rows])
+        row = done = 0
+        for r in rows:
+            run = tokens[done : done + r * ahead + 1]
+            out[row : row + r, :ahead] = run[:-1].reshape(r, ahead)
+            out[row : row + r, ahead] = run[ahead::ahead]
+            row, done = row + r, done + len(run)
+
+    def _tokens(self, firsts: list[int], counts: list[int]) -> np.ndarray:
+        """Runs of `counts[i]` tokens from `firsts[i]` on, one after the other, in the widest form of the files."""
+        tokens = np.empty(sum(counts), self._dtype)
+        size, view, fill = tokens.itemsize, memoryview(tokens).cast("B"), self._fill
+        for number, index, begin, end in self._pieces(firsts, counts):
+            if number not in self._narrow:
+                fill(number, HEADER_BYTES + size * index, view[size * begin : size * end])
+            else:
+                piece = np.empty(end - begin, self.shards[number].dtype)
+                fill(number, HEADER_BYTES + piece.itemsize * index, memoryview(piece).cast("B"))
+                tokens[begin:end] = piece
+        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
+            self._refuse(tokens, firsts, counts)
+        return tokens
+
+    def _pieces(self, firsts: list[int], counts: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Where the runs lie: (shard, index in it, begin, end), the last two being places in the runs joined."""
+        starts, begin = self.starts, 0
+        for first, count in zip(firsts, counts, strict=True):
+            end = begin + count
+            assert 0 <= first and first + count <= self.n_tokens, (
+                f"tokens {first} to {first + count} of {self.n_tokens}"
+            )
+            number = bisect_right(starts, first) - 1
+            index = first - starts[number]
+            while index + end - begin > (n_tokens := self.shards[number].n_tokens):
+                yield number, index, begin, begin + n_tokens - index
+                number, index, begin = number + 1, 0, begin + n_tokens - index
+            yield number, index, begin, end
+            begin = end
+
+    def _refuse(self, tokens: np.ndarray, firsts: list[int], counts: list[int]) -> NoReturn:
+        """Name the file and the place of the first token that is outside the vocabulary."""
+        at = int(np.argmax(tokens >= self.vocab_size))
+        number, index, begin, _ = next(piece for piece in self._pieces(firsts, counts) if at < piece[3])
+        raise DataError(
+            f"data: {self.shards[number].path}: token id {tokens[at]} at index {index + at - begin} (expected < "
+            f"{self.vocab_size}, the tokenizer's vocabulary); fix: name the tokenizer that wrote the file in "
+            f"data.source, with model.vocab_size to match"
         )
-        number, done = bisect.bisect_right(self.starts, start) - 1, 0
-        while done < len(out):
-            shard = self.shards[number]
-            index = start + done - self.starts[number]
-            tokens = np.empty(min(len(out) - done, shard.n_tokens - index), shard.dtype)
-            self._fill(number, HEADER_BYTES + index * shard.dtype.itemsize, memoryview(tokens).cast("B"))
-            if self.vocab_size is not None and tokens.max() >= self.vocab_size:
-                at = int(np.argmax(tokens >= self.vocab_size))
-                raise DataError(
-                    f"data: {shard.path}: token id {tokens[at]} at index {index + at} (expected < {self.vocab_size}, "
-                    f"the tokenizer's vocabulary); fix: name the tokenizer that wrote the file in data.source, with "
-                    f"model.vocab_size to match"
-                )
-            out[done : done + len(tokens)] = tokens
-            done, number = done + len(tokens), number + 1
 
     def fingerprint(self) -> str:
         """sha256 over (file name, token count, digest) of each shard in order. It samples (`digests`): it tells other
@@ -184,18 +239,19 @@ class ShardSet:
 
     def _fill(self, number: int, offset: int, buffer: memoryview) -> None:
         """Read exactly `len(buffer)` bytes of shard `number`."""
-        path, got = self.shards[number].path, 0
+        path = self.shards[number].path
         try:
             if number not in self._descriptors:
                 self._descriptors[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            while got < len(buffer):
-                n = os.preadv(self._descriptors[number], [buffer[got:]], offset + got)
+            got = n = os.preadv(self._descriptors[number], (buffer,), offset)
+            while got < len(buffer):  # a call reads 2 GiB at most, and less where it is interrupted or the file ends
                 if n == 0:
                     size = os.fstat(self._descriptors[number]).st_size
                     raise DataError(
                         f"data: {path}: shrank to {size} bytes since it was opened (expected {offset + len(buffer)} at "
                         f"least); fix: fetch it again and resume"
                     )
+                n = os.preadv(self._descriptors[number], (buffer[got:],), offset + got)
                 got += n
         except OSError as error:
             raise DataError(

@@ -4,10 +4,12 @@ Formula  n = (N - 1) // T windows an epoch; sample s is window π(s mod n) of ep
          [w·T, w·T + T]. Micro-batch g = m·world + rank of step k holds samples k·B + g·b … k·B + g·b + b - 1.
 Differs  from a DataLoader: there is no position to save. Resuming, or another number of ranks, is starting at another
          step: nothing is repeated, nothing is lost, and 1 rank × 2 micro-batches sees what 2 ranks × 1 see.
-Cost     less than T tokens at the end of the shards are never a target; 4 bytes a window for a shuffled epoch
+Cost     less than T tokens at the end of the shards are never a target; a shuffled epoch takes 4 bytes a window, and 0.1 s
+         a million windows when it begins, in the reading thread, which lets go of the interpreter meanwhile
 """
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blagpt_pl.data.buffers import Event, HostBuffers, pageable, pinned
 from blagpt_pl.data.shards import ShardSet
 from blagpt_pl.errors import ConfigError
 
 PADDING = -1  # a token that is not there, in a window
 IGNORE = -100  # a target that does not count, as torch's cross_entropy has it
+AHEAD = 2  # steps read ahead: with one, a short step waits until the reading thread gets its turn of the interpreter
 
 
 class TokenStream:
@@ -38,8 +42,8 @@ class TokenStream:
         assert self.shuffle_seed is not None
         if self._epoch_order is not None and self._epoch_order[0] == epoch:
             return self._epoch_order[1]
-        windows = np.arange(self.n_windows, dtype=np.int32 if self.n_windows < 2**31 else np.int64)
-        order = np.random.default_rng([self.shuffle_seed, epoch]).permutation(windows)
+        order = np.arange(self.n_windows, dtype=np.int32 if self.n_windows < 2**31 else np.int64)
+        np.random.default_rng([self.shuffle_seed, epoch]).shuffle(order)
         self._epoch_order = epoch, order
         return order
 
@@ -52,13 +56,12 @@ class TokenStream:
                 windows[here] = self.order(int(epoch))[windows[here]]
         return windows
 
-    def read(self, samples: np.ndarray) -> np.ndarray:
-        """(n,) sample indices -> (n, T + 1) int32 tokens."""
-        windows = self.windows(samples)
-        tokens = np.empty((len(windows), self.context + 1), np.int32)  # (n, T+1)
-        for row, window in zip(tokens, windows.tolist(), strict=True):
-            self.shards.read(window * self.context, row)
-        return tokens
+    def read(self, samples: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(n,) sample indices -> (n, T + 1) int32 tokens, in `out` if it is given."""
+        if out is None:
+            out = np.empty((len(samples), self.context + 1), np.int32)  # (n, T+1)
+        self.shards.read_windows(self.windows(samples) * self.context, out)
+        return out
 
 
 def rank_samples(step: int, rank: int, world: int, batch_size: int, device_batch_size: int) -> np.ndarray:
@@ -88,7 +91,13 @@ class TrainBatches:
 
     It has no `__len__` on purpose: to Lightning the run is one endless epoch (`max_epochs: -1`), so no epoch edge ever
     restarts it, and Lightning asks no sized loader for a position. The position is the step: `start_step` is read at
-    each `iter()`, and resuming is starting there. A thread reads (and pins) the next step while this one computes.
+    each `iter()`, and resuming is starting there. A thread reads the next steps while this one computes.
+
+    Args:
+        start_step: the step, or a function that tells it when iteration starts.
+        pin_for: the CUDA device whose copies read the batches, or None.
+        allocate: shape -> int32 tensor that a batch is read into; None: pinned if `pin_for` is given, else not. What was
+            handed out is overwritten only after it has been given back (`give_back`).
     """
 
     def __init__(
@@ -100,27 +109,39 @@ class TrainBatches:
         world: int,
         start_step: int | Callable[[], int] = 0,
         pin_for: torch.device | None = None,
+        allocate: Callable[[tuple[int, ...]], Tensor] | None = None,
     ) -> None:
         check_batch(batch_size, device_batch_size, world)
         self.stream = stream
-        self.layout = {"rank": rank, "world": world, "batch_size": batch_size, "device_batch_size": device_batch_size}
+        self.batch_size = batch_size
+        samples = rank_samples(0, rank, world, batch_size, device_batch_size)  # (A, b)
+        self.first_samples = samples.reshape(-1)  # (A·b,)
         self.start_step = start_step
         self.pin_for = pin_for
+        if allocate is None:
+            allocate = pageable if pin_for is None else pinned
+        self.buffers = HostBuffers(allocate, (*samples.shape, stream.context + 1))
 
     def batch(self, step: int) -> Tensor:
         """(A, b, T + 1) int32: what this rank trains on at `step`."""
-        samples = rank_samples(step, **self.layout)  # (A, b)
-        tokens = torch.from_numpy(self.stream.read(samples.reshape(-1))).view(*samples.shape, -1)  # (A, b, T+1)
-        return tokens if self.pin_for is None else tokens.pin_memory()
+        tokens = self.buffers.take()  # (A, b, T+1)
+        samples = self.first_samples + step * self.batch_size
+        self.stream.read(samples, tokens.numpy().reshape(len(samples), -1))  # (A·b, T+1)
+        return tokens
+
+    def give_back(self, batch: Tensor, copied: Event) -> None:
+        """Let a batch be overwritten once `copied`, recorded behind its copy to the device, is over."""
+        self.buffers.give_back(batch, copied)
 
     def __iter__(self) -> Iterator[Tensor]:
         start = self.start_step() if callable(self.start_step) else self.start_step
         # a new thread's current device is GPU 0: pinning there without this would open a context on it for every rank
         on_device = {} if self.pin_for is None else {"initializer": torch.cuda.set_device, "initargs": (self.pin_for,)}
         with ThreadPoolExecutor(1, "blagpt-data", **on_device) as reader:
-            ahead = reader.submit(self.batch, start)
-            for step in itertools.count(start + 1):
-                ready, ahead = ahead, reader.submit(self.batch, step)
+            ahead = deque(reader.submit(self.batch, step) for step in range(start, start + AHEAD))
+            for step in itertools.count(start + AHEAD):
+                ready = ahead.popleft()
+                ahead.append(reader.submit(self.batch, step))
                 yield ready.result()
 
 
@@ -167,11 +188,13 @@ class EvalBatches:
         for number in range(len(self)):
             first_window = (number * self.world + self.rank) * self.batch_size
             tokens = np.full((self.batch_size, self.context + 1), PADDING, np.int32)  # (b, T+1)
-            for row, window in zip(tokens, range(first_window, first_window + self.batch_size), strict=True):
-                done = window * self.context
-                n_targets = min(self.context, self.n_tokens - done)
-                if n_targets > 0:
-                    self.shards.read(self.first + done, row[: n_targets + 1])
+            left = self.n_tokens - first_window * self.context  # targets from here on
+            whole = min(max(left, 0) // self.context, self.batch_size)
+            starts = self.first + (first_window + np.arange(whole)) * self.context
+            self.shards.read_windows(starts, tokens[:whole])
+            if whole < self.batch_size and left > whole * self.context:  # the last window is partial
+                row = tokens[whole, : left - whole * self.context + 1]
+                self.shards.read(self.first + (first_window + whole) * self.context, row)
             batch = EvalBatch(torch.from_numpy(tokens), torch.tensor(self._count_bytes(tokens[:, 1:])))
             yield EvalBatch(*(t.pin_memory() for t in batch)) if self.pin else batch
 

@@ -1,7 +1,7 @@
 """What a configuration will cost, before it is trained: parameters, FLOPs, memory, time; nothing is allocated for it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from blagpt_pl.lab.tiny import tiny_model
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.base import Core
 from blagpt_pl.nn.flops import CannotCount, Flops, count_flops, told
+from blagpt_pl.nn.memory import Budget
 from blagpt_pl.testing.certificate import place_of
 
 
@@ -95,6 +96,16 @@ class Account:
             self.unknown["FLOPs"] = str(error)
             return None
 
+    @cached_property
+    def flops_run(self) -> Flops | None:
+        """Those and what `model.memory` computes again in the backward pass, as far as it is not the compiler's choice."""
+        if self.flops is None or self.model.memory is None:
+            return self.flops
+        with torch.device("meta"):
+            model = model_of(self.layers)
+        model.apply_memory_policy()
+        return count_flops(model, self.context)
+
     def _run_tiny(self) -> None:
         """Whether the model runs at all, with numbers and at a tiny size.
 
@@ -110,9 +121,9 @@ class Account:
 
     @property
     def attention_flops(self) -> int:
-        """Of those, a token's in the cores of attention."""
+        """Of those that are run, a token's in the cores of attention."""
         cores = [path for path, module in self.model.named_modules() if isinstance(module, Core)]
-        both = (self.flops.forward, self.flops.backward)
+        both = (self.flops_run.forward, self.flops_run.backward)
         return sum(of.get(path, 0) for of in both for path in cores) // self.flops.tokens
 
     @cached_property
@@ -149,10 +160,12 @@ class Account:
         Raises:
             ConfigError: the precision is none that is predicted.
         """
-        work = work_of(
-            self.memory, self.device_batch, self.tokens_per_step, self.ranks, self.flops.per_token, self.attention_flops
-        )
-        return predict(work, self.device)
+        run = self.flops_run.per_token
+        work = work_of(self.memory, self.device_batch, self.tokens_per_step, self.ranks, run, self.attention_flops)
+        found = predict(work, self.device)
+        return replace(
+            found, mfu=found.mfu * self.flops.per_token / run
+        )  # what is computed again is no work of the model
 
     def rows(self, depth: int) -> list[Row]:
         """Parameters and FLOPs of the modules."""
@@ -183,6 +196,11 @@ class Account:
         yield Fact("FLOPs a token", "forward", self.flops.forward_per_token, "FLOP", bound)
         yield Fact("FLOPs a token", "backward", self.flops.backward_per_token, "FLOP", bound)
         yield Fact("FLOPs a token", "total", self.flops.per_token, "FLOP", bound)
+        if self.model.memory is not None:
+            again = self.flops_run.per_token - self.flops.per_token
+            chosen = isinstance(self.model.memory, Budget)
+            note = "not counted: what is computed again is the compiler's choice" if chosen else "not in the total"
+            yield Fact("FLOPs a token", "computed again", None if chosen else again, "FLOP", note)
         for name, times in self.flops.uncounted.items():
             yield Fact("FLOPs a token", f"not counted: {name}", times, "times")
 

@@ -25,6 +25,7 @@ KINDS = {  # kind: (base class, socket)
     "head": ("Head", "model.head"),
     "block": ("Block", "model.block"),
     "init": ("Init", "model.init"),
+    "memory": ("MemoryPolicy", "model.memory"),
     "loss": ("LossTerm", "model.losses, a list"),
     "schedule": ("Schedule", "model.schedule"),
     "optimizer": ("Optimizer", "model.optimizer"),
@@ -34,7 +35,14 @@ KINDS = {  # kind: (base class, socket)
     "callback": ("Callback", "trainer.callbacks, a list"),
 }
 SELF = ("Block",)  # base classes that are parts themselves
-OVERLAYS = {"techniques": "technique", "models": "model", "optim": "optimizer", "data": "source", "trainer": "trainer"}
+OVERLAYS = {
+    "techniques": "technique",
+    "models": "model",
+    "optim": "optimizer",
+    "data": "source",
+    "memory": "memory",
+    "trainer": "trainer",
+}
 UNFIT = ("LBFGS", "Muon", "SparseAdam")  # one group only; matrices only; sparse gradients only
 FAMILY = ("Optimizer", "Adam")  # what torch's optimizers derive from
 FIRST_LINE = re.compile(

@@ -39,6 +39,7 @@ def examination(
     tree = layers.tree if full_size else tiny(layers.tree)
     torch.manual_seed(seed)
     model = model_of(layers) if full_size else tiny_model(layers)
+    model.apply_memory_policy()
     with torch.device("meta"):
         described = count(model_of(layers, tree).parameters())
     threads = None if full_size else 1

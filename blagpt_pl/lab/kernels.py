@@ -63,5 +63,6 @@ def gpu_kernels() -> Iterator[None]:
     with (
         patch.object(F, "scaled_dot_product_attention", fused),
         patch("blagpt_pl.nn.attention.core_softcap.eager", fused),
+        patch("blagpt_pl.nn.attention.core_window.banded", fused),
     ):
         yield

@@ -26,9 +26,10 @@ from blagpt_pl.lab.fused import backend
 from blagpt_pl.lab.kernels import gpu_kernels
 from blagpt_pl.lab.storages import CATEGORIES, Storages
 from blagpt_pl.lm import LanguageModel
+from blagpt_pl.losses.chunked import FEWEST, LARGEST
 from blagpt_pl.nn.flops import told
 
-CHUNK = 8192  # tokens of the loss at once (`losses.next_token.chunked`), beyond which logits take no more memory
+CHUNKS = FEWEST * LARGEST  # tokens beyond which the logits of a chunk take no more memory
 PROBES = 8  # numbers that are followed before the search halves what is left
 TOKENS = 32768  # of a forward, where the search for the largest batch begins
 EAGER = "not compiled: norms are counted in the operations they have on a CPU, so activations are an upper bound"
@@ -58,6 +59,7 @@ class StepMemory:
             with self._without_memory():
                 self.model = make()
                 cast(self.model, precision)
+                self.model.apply_memory_policy()
         except RuntimeError as error:
             raise CannotFollow(f"the model is not built without data ({told(error)})") from error
         self.note = COMPILED if compiled else EAGER
@@ -115,7 +117,7 @@ class StepMemory:
                 too_many = b
             lines = self._lines(b, micro_batches)
             guess = min(int((room - start) // slope) if slope > 0 else 2 * b for start, slope in lines)
-            if guess == fits and all(n * self.context >= CHUNK for n in (fits, *self._nearest(b))):
+            if guess == fits and all(n * self.context >= CHUNKS for n in (fits, *self._nearest(b))):
                 break  # it fits, and one more would not: beyond a chunk of the loss all grows in a straight line
             if len(self._found) > PROBES and too_many < math.inf:
                 guess = (fits + too_many) // 2  # what grows is no straight line

@@ -115,7 +115,8 @@ def _part(path: str, value: str | dict, kind: type, told: int, is_factory: bool)
         if wrong:
             return [Mistake(path, wrong)]
     else:
-        cls = next((c for c in _subclasses(kind) if c.__name__ == given), kind if kind.__name__ == given else None)
+        fits = [c for c in (*_subclasses(kind), kind) if c.__name__ == given]
+        cls = next((c for c in fits if c in known_classes()), fits[0] if fits else None)  # as `parser.house_first`
         cls = cls or next((c for c in known_classes() if c.__name__ == given), None)
         if cls is None:
             return [Mistake(path, f"{given!r} is not a known class{_near(given, fitting(kind), 'parts that fit')}")]

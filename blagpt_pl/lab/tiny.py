@@ -14,6 +14,7 @@ import torch
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.layers import Layers
 from blagpt_pl.lab.model_of import model_of
+from blagpt_pl.lab.places import class_name
 from blagpt_pl.lab.sizes import class_of, measured, own_sizes, parts_in
 from blagpt_pl.lab.smaller import (
     CONTEXT,
@@ -107,16 +108,23 @@ def tiny(tree: dict) -> dict:
     """
     tree = copy.deepcopy(tree)
     model = shrunk(tree["model"], scale_of(tree))
-    if isinstance(model, dict) and "compile" in (model.get("init_args") or {}):
-        model["init_args"]["compile"] = None
-    return {**tree, "model": model, "data": {**tree["data"], "context": min(tree["data"]["context"], CONTEXT)}}
+    return {**tree, "model": eager(model), "data": {**tree["data"], "context": min(tree["data"]["context"], CONTEXT)}}
+
+
+def eager(model: object) -> object:
+    """A model that is not compiled, and without the memory policy that is the compiler's."""
+    values = (model.get("init_args") or {}) if isinstance(model, dict) else {}
+    off = {name: None for name in ("compile", "memory") if name in values}
+    if class_name(values.get("memory")) != "Budget":
+        off.pop("memory", None)
+    return {**model, "init_args": {**values, **off}} if off else model
 
 
 def what_shrank(tree: dict, small: dict) -> str:
     """What `tiny` made of a configuration, in one line: `d_model 768→48, n_layers 12→2`; empty if nothing."""
     sizes = [
         (name, size, together(measured(after))[name])
-        for before, after in zip(parts_in(tree["model"]), parts_in(small["model"]), strict=True)
+        for before, after in zip(parts_in(eager(tree["model"])), parts_in(small["model"]), strict=True)
         for name, size in together(measured(before)).items()
     ]
     own = len(together(measured(tree["model"])))

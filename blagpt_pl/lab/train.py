@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from blagpt_pl.callbacks.atomic_io import AtomicCheckpointIO, read_checkpoint
 from blagpt_pl.callbacks.checkpoint import Checkpoint
+from blagpt_pl.callbacks.first_step import FirstStep
+from blagpt_pl.callbacks.hooks import LeanHooks
 from blagpt_pl.callbacks.nonfinite import NonFinite
 from blagpt_pl.callbacks.progress import Progress
 from blagpt_pl.callbacks.record import Record
@@ -40,6 +42,11 @@ DEFAULTS = {
     "log_every_n_steps": 10,
 }
 PASSED_ON = ("print_config",)
+
+
+def house_callbacks(config: str) -> list[L.Callback]:
+    """What every fit has, beside the callbacks that have a section of the configuration, and the progress bar."""
+    return [PeakVRAM(), FirstStep(), GracefulStop(), NonFinite(), Record(config), LeanHooks()]
 
 
 class BlagptCLI(LightningCLI):
@@ -128,7 +135,7 @@ class BlagptCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         if self.command == "fit":
-            callbacks = [*callbacks, PeakVRAM(), GracefulStop(), NonFinite(), Record(self.config_text())]
+            callbacks = [*callbacks, *house_callbacks(self.config_text())]
         else:
             callbacks = []
             config["enable_checkpointing"] = False

@@ -12,7 +12,6 @@ Cost     n - 1 blocks of parameters; n - 1 more blocks and heads of FLOPs a toke
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -107,7 +106,7 @@ class MultiToken(TrunkTerm):
         """One head's loss and its gradients."""
         with torch.set_grad_enabled(bool(by)):
             trunk, x0, *memo = (unkept(leaf) for leaf in leaves)
-            carry = replace(carry, x0=x0, memo=dict(zip(carry.memo, memo, strict=True)))
+            carry = carry.but(x0, dict(zip(carry.memo, memo, strict=True)))
             loss = model.next_token(model.finish(trunk, carry, block), targets)
             if not by:
                 return loss, ()

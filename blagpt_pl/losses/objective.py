@@ -4,36 +4,45 @@ Formula  total = next-token loss + Σ terms, each weighted; the terms of the log
          the trunk after it, from the stream and the memo as they were before the last block
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-
 from torch import Tensor, nn
 
-from blagpt_pl.losses.next_token import chunked_parts
+from blagpt_pl.losses.chunked import linear_of
+from blagpt_pl.losses.next_token import NextToken
 from blagpt_pl.losses.term import LogitTerm, TrunkTerm
 
 
-def objective(model: nn.Module, summed: Callable, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def objective(model: nn.Module, loss: NextToken, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to differentiate, and the numbers that it is the sum of: `loss`, and the terms by name.
 
     Args:
         model: a `LanguageModel`.
-        summed: sums of one chunk, `next_token.summed` or its compiled form.
+        loss: how the next-token loss is made.
         tokens, targets: (B, T) int64.
     """
     on_trunk = [term for term in model.losses if isinstance(term, TrunkTerm)]
     on_logits = [term for term in model.losses if isinstance(term, LogitTerm)]
     if on_trunk:
         x, carry = model.trunk(tokens)
-        features = model.finish(x, replace(carry, memo=dict(carry.memo)))  # the terms get the memo as it is here
+        features = model.finish(x, carry.but(memo=dict(carry.memo)))  # the terms get the memo as it is here
     else:
         features = model.features(tokens)
-    body = partial(summed, terms=on_logits) if on_logits else summed
-    total, means = chunked_parts(model.head, features, targets, body=body)
+    total, means = loss.parts(model.head, features, targets, on_logits)
     parts = dict(zip(("loss", *(term.name for term in on_logits)), means, strict=True))
     for term in on_trunk:
         extra, numbers = term(model, x, carry, targets)
         total = total + extra
         parts |= numbers
     return total, parts
+
+
+def measure(model: nn.Module, loss: NextToken, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of the targets that count, in nats, float64; arguments as for `objective`."""
+    return loss.nats(model.head, model.features(tokens), targets)
+
+
+def untraceable(model: nn.Module) -> str | None:
+    """What of a model's objective cannot be one graph, since it differentiates by autograd in the forward pass."""
+    terms = [term.name for term in model.losses if isinstance(term, TrunkTerm)]
+    if terms:
+        return f"the term {terms[0]}"
+    return f"the head {type(model.head).__name__}" if linear_of(model.head) is None else None

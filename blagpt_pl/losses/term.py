@@ -1,7 +1,8 @@
 """What training minimises beside the next-token loss: terms that a model's `losses` socket takes, any number of them.
 
 Formula  total = next-token loss + Σ terms, each term already multiplied by its weight
-Kinds    LogitTerm reads the logits the loss reads, chunk by chunk; TrunkTerm reads the stream before the last block
+Kinds    LogitTerm reads the logits the loss reads, chunk by chunk (NormaliserTerm their log Z alone); TrunkTerm reads the
+         stream before the last block
 Rule     a term is trained on and logged as train/<name>; it never enters val/loss
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from blagpt_pl.nn.base import Carry, Part, Site, built
+from blagpt_pl.nn.base import Carry, Part, Site, built, wide
 
 BlockFactory = Callable[[Site], Part]
 
@@ -37,6 +38,17 @@ class LogitTerm(LossTerm):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(n, V) logits and (n,) targets -> (n,), weighted; its mean over the targets that count is the term."""
         raise NotImplementedError(f"{type(self).__name__} must return one number a token, (n, V) -> (n,)")
+
+
+class NormaliserTerm(LogitTerm):
+    """A term of log Z alone, the logarithm of the softmax's normaliser, which the next-token loss has made already."""
+
+    def of(self, log_z: Tensor, targets: Tensor) -> Tensor:
+        """(n,) log Z and (n,) targets -> (n,), weighted."""
+        raise NotImplementedError(f"{type(self).__name__} must return one number a token, (n,) -> (n,)")
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.of(wide(logits).logsumexp(-1), targets)
 
 
 class TrunkTerm(LossTerm):

@@ -3,7 +3,7 @@
 Source   Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, §5; Wortsman et al. 2023, arXiv:2309.14322, §3.1.2
 Formula  w · (1 / n) Σ_t (log Z_t)²,  Z_t = Σ_v exp(logits_tv), over the n targets that are not `IGNORE`, in float32
 Differs  nothing; the logits are those of the next-token loss, soft-capped if the head caps them, and log Z may be negative
-Cost     one more logsumexp of the logits and its gradient, chunk by chunk; no parameter
+Cost     log Z is there already: a few operations a token; no parameter
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from blagpt_pl.losses.next_token import IGNORE
-from blagpt_pl.losses.term import BlockFactory, LogitTerm
-from blagpt_pl.nn.base import Site, wide
+from blagpt_pl.losses.term import BlockFactory, NormaliserTerm
+from blagpt_pl.nn.base import Site
 
 
-class ZLoss(LogitTerm):
+class ZLoss(NormaliserTerm):
     """w · (log Z)².
 
     Args:
@@ -36,6 +36,5 @@ class ZLoss(LogitTerm):
             raise ValueError(f"ZLoss.weight: {weight} (expected above 0; to do without it, leave ZLoss out)")
         self.weight = weight
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        log_z = wide(logits).logsumexp(-1)  # (n,)
+    def of(self, log_z: Tensor, targets: Tensor) -> Tensor:
         return torch.where(targets == IGNORE, 0.0, self.weight * log_z.square())

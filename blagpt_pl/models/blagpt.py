@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
+from blagpt_pl.losses.choice import LossName
 from blagpt_pl.losses.term import LossTermFactory, built_terms
 from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
 from blagpt_pl.nn.block import Block
 from blagpt_pl.nn.dropout import dropout as dropped
+from blagpt_pl.nn.memory import MemoryPolicy
 
 BlockFactory = Callable[[Site], Block]
 
@@ -39,6 +41,9 @@ class BlaGPT(LanguageModel):
         token_bias: whether a second embedding of the input token is added to the features, before the head.
         dropout: probability of dropping an element of the embeddings in training.
         compile: backend of torch.compile for the blocks and the loss, or None to run eagerly.
+        memory: what the blocks recompute instead of keeping it; nothing by default.
+        loss: how the next-token loss is made: chunked, full (its naive twin) or liger.
+        whole_graph: compile trunk and loss as one graph instead of block by block.
     """
 
     sizes: ClassVar[dict[str, str]] = {
@@ -65,8 +70,11 @@ class BlaGPT(LanguageModel):
         token_bias: bool = False,
         dropout: float = 0.0,
         compile: str | None = None,
+        memory: MemoryPolicy | None = None,
+        loss: LossName = "chunked",
+        whole_graph: bool = False,
     ) -> None:
-        super().__init__(vocab_size, context, optimizer, schedule, compile)
+        super().__init__(vocab_size, context, optimizer, schedule, compile, loss, memory, whole_graph)
         for name, value in {"vocab_size": vocab_size, "d_model": d_model, "n_layers": n_layers}.items():
             if value < 1:
                 raise ValueError(f"model.{name}: {value} (expected 1 or more)")

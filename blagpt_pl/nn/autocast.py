@@ -9,6 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes matrix products in, here and now; None where it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off, on a device that has it."""
     has_autocast = torch.amp.is_autocast_available(device.type)  # meta has none

@@ -8,8 +8,9 @@ Letters, the same everywhere: B batch, T tokens, D width of the stream, H query 
 head, F hidden width of an MLP, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,10 @@ class Heads:
         return self.dim if self.v_dim is None else self.v_dim
 
 
-@dataclass
 class Carry:
     """What travels beside the stream during one forward; created there, so nothing outlives a batch.
+
+    Not a dataclass: FSDP2 copies those when they are given to a block, and with them the memo that later blocks read.
 
     Attributes:
         tokens: (B, T) int64, the input.
@@ -68,9 +70,14 @@ class Carry:
         memo: tensors that one layer leaves for later ones, by name.
     """
 
-    tokens: Tensor
-    x0: Tensor
-    memo: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, tokens: Tensor, x0: Tensor, memo: dict[str, Tensor] | None = None) -> None:
+        self.tokens = tokens
+        self.x0 = x0
+        self.memo = {} if memo is None else memo
+
+    def but(self, x0: Tensor | None = None, memo: dict[str, Tensor] | None = None) -> "Carry":
+        """Another one of the same batch, with another x0 or memo; the memo that is kept is shared."""
+        return Carry(self.tokens, self.x0 if x0 is None else x0, self.memo if memo is None else memo)
 
 
 class Part(nn.Module):
@@ -124,8 +131,35 @@ class Positions(nn.Module):
     """What is added to the token embeddings to tell where they stand: (B, T) tokens -> (T, D)."""
 
 
+class LinearMap(NamedTuple):
+    """logits = cap(W h + b), the soft cap and the bias where there are any.
+
+    Attributes:
+        weight: W, (V, D).
+        bias: b, (V,).
+        cap: c of the soft cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    cap: float | None
+
+
 class Head(nn.Module):
-    """From features to logits: (..., D) -> (..., V). Built from its `Site` and the embedding table."""
+    """From features to logits: (..., D) -> (..., V). Built from its `Site` and the embedding table.
+
+    A head that is a linear map says so in `as_linear`, and the loss writes out its gradients. A subclass that has a `forward`
+    of its own and no `as_linear` of its own is none.
+    """
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "as_linear" not in vars(cls):
+            cls.as_linear = Head.as_linear
+
+    def as_linear(self) -> LinearMap | None:
+        """The linear map that it is, or None."""
+        return None
 
     def forward(self, features: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must return logits (..., V)")
@@ -153,6 +187,20 @@ class OutputLinear(nn.Linear, WritesStream):
         nn.init.normal_(self.weight, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class StackedLinear(nn.Linear):
+    """Several linear maps of one input in one matrix, one below the other; optimizers of matrices take them apart.
+
+    Args:
+        d_in: width of the input.
+        rows: width of each map's output.
+        bias: whether they have one.
+    """
+
+    def __init__(self, d_in: int, rows: Sequence[int], bias: bool) -> None:
+        super().__init__(d_in, sum(rows), bias)
+        self.rows = tuple(rows)
 
 
 NormFactory = Callable[[int], Norm]

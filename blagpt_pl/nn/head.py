@@ -10,7 +10,7 @@ Cost        V · D multiply-adds a token either way; LinearHead adds V · D para
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blagpt_pl.nn.base import Head, Site
+from blagpt_pl.nn.base import Head, LinearMap, Site
 from blagpt_pl.nn.softcap import SoftCap
 
 
@@ -36,6 +36,9 @@ class TiedHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         return self.cap(F.linear(features, self.weight))
 
+    def as_linear(self) -> LinearMap:
+        return LinearMap(self.weight, None, getattr(self.cap, "cap", None))
+
 
 class LinearHead(Head):
     """logits = W · h (+ b).
@@ -54,3 +57,6 @@ class LinearHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.cap(self.linear(features))
+
+    def as_linear(self) -> LinearMap:
+        return LinearMap(self.linear.weight, self.linear.bias, getattr(self.cap, "cap", None))

@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor, nn
 
-from blagpt_pl.nn.base import ActivationFactory, Carry, ChannelMixer, OutputLinear, Site, built
+from blagpt_pl.nn.base import ActivationFactory, Carry, ChannelMixer, OutputLinear, Site, StackedLinear, built
 
 
 def hidden_width(socket: str, site: Site, ratio: float) -> int:
@@ -67,7 +67,7 @@ class GatedMLP(ChannelMixer):
     def __init__(self, site: Site, activation: ActivationFactory, ratio: float = 4, bias: bool = False) -> None:
         super().__init__()
         hidden = hidden_width("GatedMLP.ratio", site, ratio)  # F
-        self.gate_up = nn.Linear(site.d_model, 2 * hidden, bias)
+        self.gate_up = StackedLinear(site.d_model, [hidden, hidden], bias)
         self.activation = built("mlp.activation", activation)
         self.down = OutputLinear(hidden, site.d_model, bias)
 

@@ -6,6 +6,8 @@ the head alone is a `head`; every other tensor of two or more dimensions is a `m
 
 from torch import nn
 
+from blagpt_pl.nn.base import StackedLinear
+
 
 def roles_of(model: nn.Module, head: nn.Module) -> dict[str, str]:
     """The role of every distinct parameter, by its name.
@@ -21,3 +23,9 @@ def roles_of(model: nn.Module, head: nn.Module) -> dict[str, str]:
             kind = "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix"
             kinds[id(p)] = "embedding" if isinstance(module, nn.Embedding) else kinds.get(id(p), kind)
     return {name: kinds[id(p)] for name, p in model.named_parameters()}
+
+
+def splits_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters that stack several maps, by name, with the rows of each map."""
+    rows = {id(module.weight): module.rows for module in model.modules() if isinstance(module, StackedLinear)}
+    return {name: rows[id(p)] for name, p in model.named_parameters() if id(p) in rows}

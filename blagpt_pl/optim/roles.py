@@ -2,25 +2,31 @@
 
 Roles: `embedding` (a table looked up by token or position), `head` (a map onto the vocabulary of its own), `matrix` (any
 other tensor of two or more dimensions), `vector` (gains, biases, scalars). Weight decay acts on matrices unless a group
-says otherwise.
+says otherwise. Matrices that stack several maps, such as q, k and v, say so under the key `splits`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.nn import Parameter
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
 
-def groups_by_role(named: Iterable[tuple[str, Parameter]], roles: Mapping[str, str]) -> list[dict]:
+def groups_by_role(
+    named: Iterable[tuple[str, Parameter]],
+    roles: Mapping[str, str],
+    splits: Mapping[str, Sequence[int]] | None = None,
+) -> list[dict]:
     """One parameter group for each role present, in the order of `ROLES`.
 
     Args:
         named: every distinct parameter with its name.
         roles: the role of each name.
+        splits: of matrices that stack several maps, the rows of each map.
 
     Returns:
-        torch parameter groups with `params`, `role` and, on all but matrices, `weight_decay: 0`.
+        torch parameter groups with `params`, `role` and, on all but matrices, `weight_decay: 0`. Beside matrices, `splits`:
+        for each one in the order of `params`, the rows of its maps, which are all of its rows where it is one map.
 
     Raises:
         ValueError: a trainable parameter without a role, a role without a parameter, or an unknown role.
@@ -39,7 +45,9 @@ def groups_by_role(named: Iterable[tuple[str, Parameter]], roles: Mapping[str, s
         raise ValueError(f"parameter_roles: unknown role {unknown[0]!r} (expected one of {', '.join(ROLES)})")
     groups = []
     for role in ROLES:
-        members = [p for name, p in trainable.items() if roles[name] == role]
+        members = {name: p for name, p in trainable.items() if roles[name] == role}
+        rows = [tuple((splits or {}).get(name, p.shape[:1])) for name, p in members.items()]
         if members:
-            groups.append({"params": members, "role": role, **({} if role == "matrix" else {"weight_decay": 0.0})})
+            own = {"splits": rows} if role == "matrix" else {"weight_decay": 0.0}
+            groups.append({"params": list(members.values()), "role": role, **own})
     return groups

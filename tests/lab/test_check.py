@@ -17,6 +17,7 @@ BASELINE = str(CONFIGS / "blagpt.yaml")
 LAYERS = {path.stem: [path] for path in sorted(CONFIGS.glob("*.yaml"))}
 LAYERS |= {path.stem: [CONFIGS / "blagpt.yaml", path] for path in sorted(CONFIGS.glob("models/*.yaml"))}
 LAYERS |= {path.stem: [CONFIGS / "blagpt.yaml", path] for path in sorted(CONFIGS.glob("techniques/*.yaml"))}
+LAYERS |= {path.stem: [CONFIGS / "blagpt.yaml", path] for path in sorted(CONFIGS.glob("optim/*.yaml"))}
 
 LEAK = '''
 """Attention whose mask is one place off."""
@@ -42,13 +43,17 @@ class OneTooFar(Core):
 '''
 
 
+DECLARED = {"window": {"long memory"}}  # two tiny layers of windows do not reach as far as the promise asks
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_false_alarm(name: str) -> None:
     words = [word for path in LAYERS[name] for word in ("--config", str(path))]
     _, verdicts = examine.examination(words)
     found = list(verdicts)
     assert [v.promise for v in found] == list(PROMISES)
-    assert {v.promise: v.found for v in found if v.state != "kept"} == {}
+    assert {v.promise for v in found if v.state != "kept"} == DECLARED.get(name, set())
+    assert all(v.state in ("kept", "declared") for v in found)
 
 
 def test_a_leak_is_told_and_leaves_with_1(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import attention, batch, block, tiny, tiny_gpt2
+from helpers import D, attention, batch, block, tiny, tiny_gpt2
 from torch import Tensor, nn
 
 from blagpt_pl.errors import ConfigError
@@ -30,6 +30,7 @@ from blagpt_pl.nn.activation import SiLU
 from blagpt_pl.nn.attention.core_dilated import Dilated
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_softcap import SoftCapped
+from blagpt_pl.nn.memory import Budget, MemoryPolicy, RecomputeBlocks
 from blagpt_pl.nn.mlp import GatedMLP
 from blagpt_pl.nn.mlp_pattention import PattentionMLP
 
@@ -187,7 +188,7 @@ def test_categories_add_up_and_grow_in_a_straight_line(compiled: bool) -> None:
 
 
 def test_one_micro_batch_needs_no_earlier_gradients() -> None:
-    memory = step_memory(tiny, T, "32-true", compiled=False)
+    memory = step_memory(partial(tiny, vocab_size=4001, n_layers=1), T, "32-true", compiled=False)
     several, one = memory.at(64), memory.at(64, micro_batches=1)
     assert memory.moment(64) == "loss"
     assert several["total"] - one["total"] == several["gradients"]
@@ -195,10 +196,12 @@ def test_one_micro_batch_needs_no_earlier_gradients() -> None:
 
 def test_logits_are_of_one_chunk_at_most() -> None:
     memory = step_memory(partial(tiny, vocab_size=4001), T, "32-true", compiled=False)
-    logits = {tokens: memory.peaks(tokens // T).later["loss"]["logits"] for tokens in (4096, 8192, 16384)}
-    assert logits[8192] > 1.9 * logits[4096]
-    assert logits[16384] < 1.1 * logits[8192]
-    assert logits[8192] > 3 * 8192 * 4001 * 4  # logits, log-softmax, gradient
+    logits = {tokens: memory.peaks(tokens // T).later["loss"]["logits"] for tokens in (32768, 65536, 131072)}
+    assert logits[65536] > 1.9 * logits[32768]  # chunks are an eighth
+    assert logits[131072] < 1.1 * logits[65536]
+    assert (
+        2 * 8192 * 4001 * 4 < logits[65536] < 2.2 * 8192 * 4001 * 4
+    )  # scores, and log-softmax that becomes their gradient
 
 
 # ------------------------------------------------------------------ compiled
@@ -224,7 +227,7 @@ def test_compiled_regions_keep_what_torch_saves() -> None:
 def test_compiled_keeps_less_than_eager() -> None:
     eager, compiled = (step_memory(tiny, T, "bf16-mixed", c).peaks(64) for c in (False, True))
     assert compiled.kept["activations"] < 0.8 * eager.kept["activations"]
-    assert compiled.later["loss"]["logits"] < 0.7 * eager.later["loss"]["logits"]
+    assert compiled.later["loss"]["logits"] < 0.9 * eager.later["loss"]["logits"]
 
 
 def test_what_a_fused_kernel_writes() -> None:
@@ -377,3 +380,55 @@ def test_the_largest_batch_where_the_loss_stops_growing() -> None:
         room = memory.at(b)["total"] + 1
         fresh = step_memory(partial(tiny, context=256, vocab_size=4001), 256, "bf16-mixed", compiled=False)
         assert fresh.largest_batch(room, reserve=0) == b
+
+
+# ------------------------------------------------------------------ memory policies
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recomputed_block_keeps_its_input(compiled: bool) -> None:
+    made = partial(tiny, memory=RecomputeBlocks())
+    two, one = (step_memory(partial(made, n_layers=n), T, "32-true", compiled).peaks(8).kept for n in (2, 1))
+    assert two["activations"] - one["activations"] == 8 * T * D * 4  # (B, T, D) float32
+
+
+def test_a_recomputed_step_peaks_as_a_real_one(cpu_kernels: None) -> None:
+    """In the backward pass one block's activations are there again."""
+    made = partial(tiny, memory=RecomputeBlocks(), n_layers=4)
+    model, pair, autocast = really(made, "32-true")
+    model.apply_memory_policy()
+    gc.collect()
+    real = follow(model, *pair, autocast(), Storages())
+    fake = step_memory(made, T, "32-true", compiled=False).peaks(B)
+    assert {m: c.total() for m, c in fake.later.items()} == {m: c.total() for m, c in real.later.items()}
+    plain = step_memory(partial(tiny, n_layers=4), T, "32-true", compiled=False).peaks(B)
+    assert fake.kept["activations"] < 0.4 * plain.kept["activations"]
+
+
+def test_a_budget_keeps_less_where_activations_outweigh_weights() -> None:
+    kept = [
+        step_memory(partial(tiny, compile="inductor", memory=policy), T, "bf16-mixed").peaks(64).kept["activations"]
+        for policy in (None, Budget(0.9), Budget(0.2))
+    ]
+    assert kept[0] > 1.1 * kept[1] > 1.21 * kept[2]
+
+
+@pytest.mark.slow
+def test_the_baseline_keeps_what_torch_was_measured_to_keep() -> None:
+    """Bytes a token and layer at 32 x 1024 (docs/memory.md): all, and under a budget of 0.9, where nothing costly is redone."""
+    found = {}
+    for policy in (None, Budget(0.9)):
+        two, one = (
+            step_memory(lambda n=n, p=policy: large(n, p), 1024, "bf16-mixed").peaks(32).kept["activations"]
+            for n in (2, 1)
+        )
+        found[policy is None] = (two - one) / (32 * 1024)
+    assert found == {True: 32_376, False: 23_160}
+
+
+def large(n_layers: int, policy: MemoryPolicy | None) -> LanguageModel:
+    """The baseline's blocks at their full size, with as many of them as said."""
+    full = attention(n_heads=12, n_kv_heads=4, qkv_bias=True, out_bias=True)
+    mlp = partial(GatedMLP, activation=SiLU, ratio=4, bias=True)
+    sizes = {"vocab_size": 50304, "context": 1024, "d_model": 768, "n_layers": n_layers}
+    return tiny(**sizes, block=block(attention=full, mlp=mlp), compile="inductor", memory=policy)

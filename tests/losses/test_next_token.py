@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,10 +13,39 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blagpt_pl.losses.next_token import IGNORE, chunked, full, summed, token_losses, total_nats
+from blagpt_pl.losses.choice import loss_named
+from blagpt_pl.losses.chunked import FEWEST, LARGEST, Chunked, chunk_of, linear_of
+from blagpt_pl.losses.next_token import IGNORE, Full, full, summed, token_losses
+from blagpt_pl.losses.slopes import nats, slopes
+from blagpt_pl.losses.term import LogitTerm
+from blagpt_pl.losses.z_loss import ZLoss
 from blagpt_pl.nn.head import LinearHead, TiedHead
 
-HEADS = {"tied": TiedHead, "linear": LinearHead, "linear with bias": partial(LinearHead, bias=True)}
+
+class Own(LinearHead):
+    """A head that the loss knows nothing of: it is differentiated by autograd, chunk by chunk."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) * 1.5
+
+
+HEADS = {
+    "tied": TiedHead,
+    "linear": LinearHead,
+    "linear with bias": partial(LinearHead, bias=True),
+    "capped": partial(LinearHead, bias=True, softcap=2.0),
+    "own": partial(Own, bias=True),
+}
+
+
+def chunked(head: nn.Module, features: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """What `Chunked` minimises."""
+    return Chunked(chunk).parts(head, features, targets)[0]
+
+
+def total_nats(head: nn.Module, features: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """What `Chunked` measures."""
+    return Chunked(chunk).nats(head, features, targets)
 
 
 def problem(
@@ -189,18 +219,157 @@ def test_bf16_weights_add_up_in_float32() -> None:
     assert (mine[2].double() - exact[2]).abs().max() < 1e-2 * exact[2].abs().max()
 
 
-def test_a_compiled_body_is_called_once_a_chunk() -> None:
+@pytest.mark.parametrize("head", ["linear with bias", "own"])
+def test_the_compiled_half_is_called_once_a_chunk(head: str) -> None:
     calls = []
 
-    def body(head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
-        calls.append(len(targets))
-        return summed(head, features, targets)
+    def watched(function: object) -> object:
+        def body(scores: Tensor, *args: object, **kwargs: object) -> object:
+            calls.append(len(scores))
+            return function(scores, *args, **kwargs)
 
-    module, features, targets = problem(shape=(20,))
-    loss = chunked(module, features, targets, 8, body)
+        return body
+
+    module, features, targets = problem(head, shape=(20,))
+    loss, _ = Chunked(8, watched(slopes), watched(nats), watched(summed)).parts(module, features, targets)
     assert calls == [8, 8, 4]
     loss.backward()
     assert calls == [8, 8, 4]
+
+
+# ---------------------------------------------------------------------- every combination, compiled or not
+
+WEIGHTS = {"one target": None, "two targets": (1.0, 0.3), "three targets": (0.5, 0.0, 2.0)}
+
+
+class Squares(LogitTerm):
+    """A term of the logits that is no term of log Z."""
+
+    name = "squares"
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(targets == IGNORE, 0.0, 0.01 * logits.square().mean(-1))
+
+
+TERMS = {
+    "alone": [],
+    "z-loss": [ZLoss(SITE, None, 0.1)],
+    "a term of its own": [Squares()],
+    "both": [Squares(), ZLoss(SITE, None, 0.2)],
+}
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("several", WEIGHTS)
+@pytest.mark.parametrize("head", ["tied", "capped", "own"])
+def test_every_combination_equals_the_twin(head: str, several: str, terms: str, backend: str | None) -> None:
+    """Value, parts and every gradient, in float64: soft cap, terms, masks, several targets, tied or not."""
+    if backend == "aot_eager" and head == "own" and terms != "both":
+        pytest.skip("one of them is enough: the compiled piece is autograd's")
+    module, features, targets = problem(head)
+    weights = WEIGHTS[several]
+    if weights is not None:
+        targets = torch.stack(
+            [torch.where(torch.rand(3, 17) < 0.3 * k, IGNORE, targets) for k in range(len(weights))], -1
+        )
+        assert all((targets[..., k] != IGNORE).any() for k in range(len(weights)))
+    how = Chunked(17) if backend is None else Chunked(17).compiled(backend)
+    found = []
+    for loss in (how, Full()):
+        total, parts = loss.parts(module, features, targets, TERMS[terms], weights)
+        found.append([total, parts, *torch.autograd.grad(total, [features, *module.parameters()])])
+        assert not parts.requires_grad
+        assert len(parts) == len(weights or [1]) + len(TERMS[terms])
+    assert gap(*found) < 1e-12
+
+
+def test_several_targets_are_the_weighted_sum_of_their_means() -> None:
+    module, features, targets = problem("capped")
+    later = torch.where(torch.rand(3, 17) < 0.5, IGNORE, torch.randint(V, (3, 17)))
+    total, parts = Chunked(8).parts(module, features, torch.stack([targets, later], -1), weights=(1.0, 0.3))
+    first, second = full(module, features, targets), full(module, features, later)
+    assert gap([total, *parts], [first + 0.3 * second, first, 0.3 * second]) < 1e-12
+
+
+@pytest.mark.parametrize("head", ["tied", "capped"])
+def test_compiled_under_autocast_it_is_what_it_is_eagerly(head: str) -> None:
+    module, features, targets = problem(head, (4, 64), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = (
+            results(how.parts(module, features, targets)[0], module, features)
+            for how in (Chunked(64).compiled("aot_eager"), Chunked(64))
+        )
+    assert gap(mine, theirs) < 1e-4
+
+
+def test_a_head_that_changes_its_forward_alone_is_no_linear_map() -> None:
+    own, plain = Own(SITE, nn.Embedding(V, D)), LinearHead(SITE, nn.Embedding(V, D))
+    assert linear_of(own) is None
+    assert linear_of(plain).weight is plain.linear.weight
+    assert linear_of(nn.Linear(D, V)) is None
+    plain.register_forward_hook(lambda module, args, out: 2 * out)
+    assert linear_of(plain) is None
+
+
+@given(st.integers(1, 300_000))
+def test_chunks_are_few_and_alike(n: int) -> None:
+    chunk = chunk_of(n)
+    count = -(-n // chunk)
+    assert chunk <= LARGEST
+    assert count <= max(2 * FEWEST, 2 * -(-n // LARGEST))
+    assert chunk * count - n < chunk
+    if n % (1024 * 8) == 0:  # a micro-batch as it usually is: one shape, hence one graph
+        assert n % chunk == 0
+
+
+def test_chunks_of_usual_micro_batches() -> None:
+    assert [chunk_of(b * 1024) for b in (1, 4, 8, 32, 64, 128)] == [256, 512, 1024, 4096, 8192, 8192]
+
+
+def test_the_name_of_a_loss_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="model.loss: 'nothing' .expected one of chunked, full, liger"):
+        loss_named("nothing")
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_liger_says_what_it_needs() -> None:
+    with pytest.raises(ValueError, match="liger-kernel; fix: pip install"):
+        loss_named("liger")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", ["alone", "z-loss"])
+@pytest.mark.parametrize("head", ["tied", "capped"])
+def test_liger_equals_the_twin(head: str, terms: str) -> None:
+    pytest.importorskip("liger_kernel")
+    module, features, targets = problem(head, (4, 64), dtype=torch.float32)
+    module, targets = module.cuda(), targets.cuda()
+    features = features.detach().cuda().requires_grad_()
+    found = []
+    for loss in (loss_named("liger"), Full()):
+        total, parts = loss.parts(module, features, targets, TERMS[terms])
+        found.append([total, *parts, *torch.autograd.grad(total, [features, *module.parameters()])])
+    assert gap(*found) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_bf16_products_add_up_in_float32_on_a_gpu(backend: str | None) -> None:
+    """The head's gradient of many chunks is as good as that of one."""
+    table = nn.Embedding(4096, 256, device="cuda")
+    features = torch.randn(8192, 256, device="cuda", requires_grad=True)
+    targets = torch.randint(4096, (8192,), device="cuda")
+    head, errors = TiedHead(SITE, table), []
+    exact = torch.autograd.grad(full(head.double(), features.double(), targets), list(head.parameters()))[0]
+    head.float()
+    for chunk in (8192, 256):
+        how = Chunked(chunk) if backend is None else Chunked(chunk).compiled(backend)
+        with torch.autocast("cuda", torch.bfloat16):
+            total, _ = how.parts(head, features, targets)
+        (mine,) = torch.autograd.grad(total, list(head.parameters()))
+        errors.append((mine.double() - exact).norm() / exact.norm())
+    assert errors[1] < 1.2 * errors[0] < 1e-2
 
 
 # ---------------------------------------------------------------------- the ruler's sum

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from blagpt_pl.losses.next_token import IGNORE, chunked_parts, full, summed
+from blagpt_pl.losses.chunked import Chunked
+from blagpt_pl.losses.next_token import IGNORE, full
 from blagpt_pl.losses.z_loss import ZLoss
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.testing import check_model
@@ -59,7 +60,7 @@ def test_it_is_its_formula_and_its_twin(head: str, chunk: int, weight: float) ->
     module, features, targets = problem(head)
     z = term(weight)
     inputs = [features, *module.parameters()]
-    mine, parts = chunked_parts(module, features, targets, chunk, partial(summed, terms=[z]))
+    mine, parts = Chunked(chunk).parts(module, features, targets, [z])
     nats, squares = formula(module, features, targets, weight)
     twin = full(module, features, targets, [z])
     gradients = [torch.autograd.grad(total, inputs) for total in (mine, nats + squares, twin)]
@@ -97,7 +98,7 @@ def test_targets_that_count_nowhere_have_none() -> None:
     assert values[targets.flatten() != IGNORE].all()
     results = []
     for _ in range(2):
-        total, parts = chunked_parts(module, features, targets, 8, partial(summed, terms=[z]))
+        total, parts = Chunked(8).parts(module, features, targets, [z])
         results.append([total, *parts, *torch.autograd.grad(total, [features, *module.parameters()])])
         with torch.no_grad():
             features[targets == IGNORE] = 7.0

@@ -8,9 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SITE, VARIANTS, L, attention, batch, block, carry_of, gated, qk_norm, shake, tiny, tiny_gpt2
+from helpers import SITE, VARIANTS, Graphs, L, attention, batch, block, carry_of, gated, qk_norm, shake, tiny, tiny_gpt2
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.models.blagpt import BlaGPT
@@ -155,18 +154,6 @@ def test_bf16_autocast_is_close(model: BlaGPT) -> None:
 # ---------------------------------------------------------------------- compiled
 
 
-class Graphs:
-    """A backend of torch.compile that keeps the graphs it is given and compiles them as `inner` would."""
-
-    def __init__(self, inner: str = "aot_eager") -> None:
-        self.inner = lookup_backend(inner)
-        self.seen: list[str] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        self.seen.append(graph.code)
-        return self.inner(graph, inputs)
-
-
 @pytest.fixture
 def fresh_compiler() -> None:
     torch._dynamo.reset()
@@ -204,15 +191,15 @@ def test_compiled_equals_eager_in_two_graphs_for_all_blocks(build: Callable) -> 
     mine, theirs = learn_and_measure(compiled), learn_and_measure(eager)
     gap = max((a - b).abs().max().item() for a, b in zip(mine, theirs, strict=True))
     assert gap < 1e-6
-    of_loss = [code for code in backend.seen if "cross_entropy" in code]
+    of_loss = [code for code in backend.seen if "log_softmax" in code]
     of_blocks = [code for code in backend.seen if "scaled_dot_product_attention" in code]
     assert len(of_blocks) == 2  # one that trains and one that measures, whatever the number of blocks
-    assert len(of_loss) == 1
-    assert len(backend.seen) == 3
+    assert len(of_loss) == 2
+    assert len(backend.seen) == 4
 
     learn_and_measure(compiled)
     compiled.generate(batch(compiled)[0][:, :5], 3)
-    assert len(backend.seen) == 3  # nothing is compiled again
+    assert len(backend.seen) == 4  # nothing is compiled again
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -17,6 +17,7 @@ from blagpt_pl.nn.activation import GELU, ReLU2, SiLU
 from blagpt_pl.nn.attention.core_dilated import Dilated
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_softcap import SoftCapped
+from blagpt_pl.nn.attention.core_window import Windowed
 from blagpt_pl.nn.attention.edit_kv_shift import KVShift
 from blagpt_pl.nn.attention.edit_rope import RoPE
 from blagpt_pl.nn.attention.latent import LatentAttention
@@ -64,6 +65,8 @@ PARTS = {
     "Dilated, long segments": partial(Dilated, segments=[64, 128], dilations=[1, 2]),
     "SoftCapped": SoftCapped,
     "SoftCapped, tight": partial(SoftCapped, cap=1.0),
+    "Windowed": partial(Windowed, window=5),
+    "Windowed, soft-capped": partial(Windowed, window=31, cap=2.0),
     "Attention": attention(qkv_bias=True, out_bias=True),
     "Attention, no edits": attention(edits=None),
     "Attention, one kv head": attention(n_kv_heads=1, head_dim=10),
@@ -111,7 +114,7 @@ def test_every_part_stands_in_the_table() -> None:
 
 def test_every_kind_is_known_here() -> None:
     kinds = {c for _, c in inspect.getmembers(base, inspect.isclass) if c.__module__ == base.__name__}
-    kinds = {c for c in kinds if issubclass(c, nn.Module) and c is not base.OutputLinear}
+    kinds = {c for c in kinds if issubclass(c, nn.Module) and c not in (base.OutputLinear, base.StackedLinear)}
     assert kinds == set(KINDS)
 
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
-from blagpt_pl.losses.next_token import chunked, full
+from blagpt_pl.losses.chunked import Chunked
+from blagpt_pl.losses.next_token import full
 from blagpt_pl.nn.attention import core_softcap
+from blagpt_pl.nn.attention import flex as flexes
 from blagpt_pl.nn.attention.core_sdpa import SDPA
-from blagpt_pl.nn.attention.core_softcap import SoftCapped, eager, flex, flex_if_compiled
+from blagpt_pl.nn.attention.core_softcap import SoftCapped, eager, flex
 from blagpt_pl.nn.base import Heads
+from blagpt_pl.nn.compiled import APART
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.softcap import SoftCap
 
@@ -108,7 +111,7 @@ def test_the_chunked_loss_equals_its_twin(head: str, chunk: int) -> None:
     x = ((3 if head == "tied" else 30) * torch.randn(3, 17, D, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(V, (3, 17))
     inputs, results = [x, *module.parameters()], []
-    for loss in (chunked(module, x, targets, chunk), full(module, x, targets)):
+    for loss in (Chunked(chunk).parts(module, x, targets)[0], full(module, x, targets)):
         results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
     assert module(x).abs().max() > 20
     for mine, twin in zip(*results, strict=True):
@@ -248,31 +251,34 @@ def test_which_form_runs(
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     monkeypatch.setattr(core_softcap, "eager", lambda q, k, v, cap: ("eager", q, k, v, cap))
     monkeypatch.setattr(core_softcap, "flex", lambda q, k, v, cap: ("flex", q, k, v, cap))
-    monkeypatch.setattr(core_softcap, "fused", lambda: lambda q, k, v, cap: ("fused", q, k, v, cap))
+    monkeypatch.setattr(flexes, "compiled", lambda form, twin: lambda q, k, v, cap: ("fused", q, k, v, cap))
     q, k, v = (
         SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, n, 13, width))
         for n, width in ((4, dim), (2, dim), (2, values))
     )
     form = "flex" if compiling and expected == "fused" else expected  # a block that is compiled: one graph
-    assert SoftCapped(Heads(SITE, 4, 2, dim, values), 7.0).forward(q, k, v) == (form, q, k, v, 7.0)
+    core = SoftCapped(Heads(SITE, 4, 2, dim, values), 7.0)
+    assert core.forward(q, k, v) == (form, q, k, v, 7.0)
+    assert core.kernel(q.device, dtype, 13) == ("flex" if expected == "fused" else "scores in memory")
 
 
-def test_fused_is_what_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_on_its_own_is_the_form_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **how: (f, how))
-    assert core_softcap.fused.__wrapped__() == (flex_if_compiled, {"dynamic": False})
-    monkeypatch.setattr(core_softcap, "eager", lambda *_: "eager")
-    monkeypatch.setattr(core_softcap, "flex", lambda *_: "flex")
+    either, how = flexes.compiled.__wrapped__(lambda *given: ("flex", *given), lambda *given: ("eager", *given))
+    assert how == {"dynamic": False, **APART}
     for compiling, form in ((True, "flex"), (False, "eager")):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        assert flex_if_compiled(None, None, None, 7.0) == form
+        assert either(None, None, None, 7.0) == (form, None, None, None, 7.0)
 
 
 @pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile.*")
-def test_fused_falls_back_on_its_twin_where_torch_is_told_to_stay_eager() -> None:
+def test_it_falls_back_on_its_twin_where_torch_is_told_to_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """As generation tells it, for which every length would be a graph."""
     q, k, v = qkv(length=17, dtype=torch.float32)
-    y, graphs = eager(q, k, v, 20.0), []
-    compiled = torch.compile(flex_if_compiled, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=False)
+    y, graphs, compile_with = eager(q, k, v, 20.0), [], torch.compile
+    backend = lambda graph, _: graphs.append(graph) or graph
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_with(f, backend=backend, **how))
+    compiled = flexes.compiled.__wrapped__(flex, eager)
     assert (compiled(q, k, v, 20.0) - y).abs().max() < 1e-5
     assert ["flex_attention" in str(graph.code) for graph in graphs] == [True]
     with torch.compiler.set_stance("force_eager"):

@@ -11,7 +11,17 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from blagpt_pl.nn.base import Carry, CoreFactory, HeadEditFactory, Heads, OutputLinear, SequenceMixer, Site, built
+from blagpt_pl.nn.base import (
+    Carry,
+    CoreFactory,
+    HeadEditFactory,
+    Heads,
+    OutputLinear,
+    SequenceMixer,
+    Site,
+    StackedLinear,
+    built,
+)
 
 HEAD_SIZES = {"n_heads": "heads", "n_kv_heads": "heads", "head_dim": "head"}  # what `heads_of` is given, for `sizes`
 
@@ -100,7 +110,7 @@ class Attention(HeadPipeline):
     ) -> None:
         heads = heads_of(site, n_heads, n_kv_heads, head_dim)
         super().__init__(heads, core, edits)
-        self.qkv = nn.Linear(site.d_model, (heads.n + 2 * heads.n_kv) * heads.dim, qkv_bias)
+        self.qkv = StackedLinear(site.d_model, [n * heads.dim for n in (heads.n, heads.n_kv, heads.n_kv)], qkv_bias)
         self.out = OutputLinear(heads.n * heads.dim, site.d_model, out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blagpt_pl.nn.attention.attention import HeadPipeline
 from blagpt_pl.nn.attention.edit_rope import angles, rotate
-from blagpt_pl.nn.base import CoreFactory, Heads, NormFactory, OutputLinear, Site, built
+from blagpt_pl.nn.base import CoreFactory, Heads, NormFactory, OutputLinear, Site, StackedLinear, built
 from blagpt_pl.nn.checks import positive
 
 
@@ -79,7 +79,7 @@ class LatentAttention(HeadPipeline):
         else:
             q_norm = built("attention.norm", norm, q_rank)
             self.q = nn.Sequential(nn.Linear(d, q_rank, bias=False), q_norm, nn.Linear(q_rank, width, bias=False))
-        self.kv_down = nn.Linear(d, kv_rank + rope_dim, bias=False)
+        self.kv_down = StackedLinear(d, self.latent, bias=False)
         self.kv_norm = built("attention.norm", norm, kv_rank)
         self.kv_up = nn.Linear(kv_rank, n_heads * (nope_dim + v_dim), bias=False)
         self.out = OutputLinear(n_heads * v_dim, d, bias=False)

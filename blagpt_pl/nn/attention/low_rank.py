@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from blagpt_pl.nn.attention.attention import HEAD_SIZES, HeadPipeline, heads_of
-from blagpt_pl.nn.base import CoreFactory, HeadEditFactory, OutputLinear, Site
+from blagpt_pl.nn.base import CoreFactory, HeadEditFactory, OutputLinear, Site, StackedLinear
 
 
 class LowRankAttention(HeadPipeline):
@@ -58,7 +58,7 @@ class LowRankAttention(HeadPipeline):
         super().__init__(heads, core, edits)
         self.q = nn.Linear(site.d_model, heads.n * heads.dim, qkv_bias)
         self.kv_down = nn.Linear(site.d_model, rank, bias=False)
-        self.kv_up = nn.Linear(rank, 2 * heads.n_kv * heads.dim, qkv_bias)
+        self.kv_up = StackedLinear(rank, [heads.n_kv * heads.dim] * 2, qkv_bias)
         self.out = OutputLinear(heads.n * heads.dim, site.d_model, out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
