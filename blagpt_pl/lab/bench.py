@@ -1,85 +1,81 @@
-"""`blagpt bench`: how long things take (`lab/timing.py` says how that is measured).
+"""`blagpt bench`: how long things take, and how much memory (`lab/timing.py` and `lab/peak.py` say how that is measured).
 
-A new benchmark is one entry of `BENCHMARKS`: what it takes, and how its cases are made of that.
+A benchmark is a module `lab/bench_<kind>.py` with `WHAT`, `options(parser)` and `measure(args, device) -> Report`; a new
+one is one more word in `KINDS`. One that says `LAYERS = True` takes configuration layers, too: the words that no option
+explains are `args.layers`.
 """
 
 import argparse
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab import bench_attention
-from blagpt_pl.lab.timing import Case, rows_of, table, timed
 
 if TYPE_CHECKING:
     import torch
 
+    from blagpt_pl.lab.bench_report import Report
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A kind of measurement.
-
-    Attributes:
-        what: one line for the help.
-        add: adds the options that it alone has.
-        cases: options and device -> a line that says what was measured, and the cases.
-    """
-
-    what: str
-    add: Callable[[argparse.ArgumentParser], None]
-    cases: Callable[[argparse.Namespace, "torch.device"], tuple[str, list[Case]]]
+KINDS = ("step", "peers", "overhead", "loader", "loss", "scaling", "optim", "memory", "compile", "attention")
+LEAST = {"repeats": 1, "warmup": 0, "threads": 1}
 
 
-BENCHMARKS = {
-    "attention": Benchmark(
-        "time attention cores against the length of the sequence", bench_attention.options, bench_attention.cases
-    ),
-}
+def module_of(kind: str) -> ModuleType:
+    """The module of a benchmark."""
+    return importlib.import_module(f"blagpt_pl.lab.bench_{kind}")
 
 
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
-    p = argparse.ArgumentParser(prog="blagpt bench", description="Measure how long things take.", allow_abbrev=False)
-    kinds = p.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
-    for name, benchmark in BENCHMARKS.items():
-        one = kinds.add_parser(
-            name, help=benchmark.what, description=benchmark.what.capitalize() + ".", allow_abbrev=False
+    p = argparse.ArgumentParser(prog="blagpt bench", description="Measure time and memory.", allow_abbrev=False)
+    names = p.add_subparsers(dest="benchmark", required=True, metavar="benchmark")
+    for name in KINDS:
+        what = module_of(name).WHAT
+        text = what[0].upper() + what[1:] + "."
+        one = names.add_parser(name, help=what, description=text, allow_abbrev=False)
+        common = one.add_argument_group("every benchmark")
+        common.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds that count  (%(default)s)")
+        common.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before them  (%(default)s)")
+        common.add_argument("--device", default=None, help="cpu, cuda, ...  (cuda where there is one)")
+        common.add_argument("--threads", type=int, default=None, metavar="N", help="of the CPU  (torch's choice)")
+        common.add_argument(
+            "--size", choices=("small", "full"), default=None, help="(small on a CPU, full on an accelerator)"
         )
-        benchmark.add(one)
-        one.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds that count  (7)")
-        one.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before them that do not  (2)")
-        one.add_argument("--device", default=None, help="cpu, cuda, ...  (cuda where there is one)")
-        one.add_argument("--threads", type=int, default=None, metavar="N", help="threads on the CPU  (torch's choice)")
-        one.add_argument("--json", type=Path, default=None, metavar="FILE", help="write all numbers here, too")
+        common.add_argument(
+            "--out",
+            type=Path,
+            default=Path("logs/bench"),
+            metavar="FOLDER",
+            help="for table, JSON, picture  (%(default)s)",
+        )
+        module_of(name).options(one)
     return p
 
 
 def checked(args: argparse.Namespace) -> "torch.device":
-    """The device, after everything has been looked at that would fail late.
+    """The device, after everything has been looked at that would fail late; `args.size` is decided.
 
     Raises:
         ConfigError: an option is out of its range, or names what is not there.
     """
     import torch
 
-    least = {"repeats": 1, "warmup": 0, "threads": 1, "lengths": 1}
-    for name, bound in least.items():
-        value = getattr(args, name, None)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and number < bound:
-                raise ConfigError(f"--{name}: {number} (expected {bound} or more)")
-    for name in ("cores", "lengths"):
-        value = getattr(args, name, [])
-        if len(set(value)) < len(value):
-            raise ConfigError(f"--{name}: {' '.join(map(str, value))} (expected each once)")
-    if getattr(args, "compile", None) not in (None, *(known := torch._dynamo.list_backends(exclude_tags=()))):
-        raise ConfigError(f"--compile: {args.compile!r} is no backend of torch.compile (expected one of {known})")
-    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ConfigError(f"--json: {args.json} (expected a file in a folder that exists)")
+    for name, bound in LEAST.items():
+        number = getattr(args, name)
+        if number is not None and number < bound:
+            raise ConfigError(f"--{name}: {number} (expected {bound} or more)")
+    if (backend := getattr(args, "compile", None)) not in (None, "none"):
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if backend not in known:
+            raise ConfigError(f"--compile: {backend!r} is no backend of torch.compile (expected one of {known})")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {args.out}: {error.strerror} (expected a folder, or room for one)") from None
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
@@ -87,32 +83,58 @@ def checked(args: argparse.Namespace) -> "torch.device":
         raise ConfigError(f"--device: {args.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     if args.threads is not None and device.type != "cpu":
         raise ConfigError(f"--threads: has no effect on {device.type} (expected --device cpu)")
+    args.size = args.size or ("small" if device.type == "cpu" else "full")
     return device
 
 
-def main(argv: list[str]) -> None:
-    """Measure, and print where it was measured and the table."""
-    args = parser().parse_args(argv)
+def header(args: argparse.Namespace, device: "torch.device") -> dict[str, str]:
+    """How often, where, with what and when."""
     import torch
 
     from blagpt_pl.callbacks.record import code_version, hardware
 
-    device = checked(args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    what, cases = BENCHMARKS[args.benchmark].cases(args, device)
-    rows = rows_of(cases, timed(cases, args.repeats, args.warmup, device))
-    header = {
-        "what": what,
+    return {
         "rounds": f"{args.repeats} rounds after {args.warmup} of warm-up, cases in turn",
         "hardware": hardware(device, 1),
         "torch": torch.__version__,
         "code": code_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    print(f"{header['what']}; {header['rounds']}")
-    print(f"{header['hardware']}, torch {header['torch']}, blagpt {header['code']}, {header['date']}\n")
-    print(table(rows))
-    if args.json is not None:
-        numbers = {"benchmark": args.benchmark, **header, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def text(report: "Report", head: dict[str, str]) -> str:
+    """What is printed, and stands in the Markdown file."""
+    where = f"{head['hardware']}, torch {head['torch']}, blagpt {head['code']}, {head['date']}"
+    notes = "".join(f"\n{note}" for note in report.notes)
+    return f"{report.what}; {head['rounds']}\n{where}\n\n{report.table()}\n{notes}".rstrip() + "\n"
+
+
+def written(report: "Report", head: dict[str, str], kind: str, folder: Path) -> list[Path]:
+    """Write the table, the numbers and the picture; where they are."""
+    paths = [folder / f"{kind}.md", folder / f"{kind}.json"]
+    numbers = {"benchmark": kind, "what": report.what, **head, "notes": list(report.notes), "rows": report.rows}
+    paths[1].write_text(json.dumps(numbers, indent=1) + "\n")
+    picture = ""
+    if report.draw is not None:
+        paths.append(folder / f"{kind}.svg")
+        report.picture(paths[-1])
+        picture = f"\n![{kind}]({kind}.svg)\n"
+    paths[0].write_text(text(report, head) + picture)
+    return paths
+
+
+def main(argv: list[str]) -> None:
+    """Measure; print where it was measured, and the table; write both down."""
+    p = parser()
+    args, args.layers = p.parse_known_args(argv)
+    if args.layers and not getattr(module_of(args.benchmark), "LAYERS", False):
+        p.error(f"unrecognized arguments: {' '.join(args.layers)}")
+    import torch
+
+    device = checked(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    report = module_of(args.benchmark).measure(args, device)
+    head = header(args, device)
+    print(text(report, head))
+    print("written to", ", ".join(map(str, written(report, head, args.benchmark, args.out))))
