@@ -182,9 +182,10 @@ class LanguageModel(L.LightningModule):
         inputs, targets = (t if t.ndim == 3 else t[None] for t in batch)
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer.zero_grad()
-        self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
         n, ranks, rank = len(inputs), self.trainer.world_size, self.trainer.global_rank
         step = self.trainer.global_step
+        if self.log_due(step + 1):
+            self._lr = {group.get("role", "all"): group["lr"] for group in optimizer.param_groups}
         self.tokens_per_step = inputs.numel() * ranks
         for micro in range(n):
             last = micro == n - 1

@@ -10,6 +10,7 @@ Cost     less than half of the Python calls of a step that computes next to noth
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -33,14 +34,23 @@ def _call_callback_hooks(
     module = trainer.lightning_module
     if type(trainer.profiler) is not PassThroughProfiler or monitoring_callbacks is not None or module is None:
         return _CALLBACKS(trainer, hook_name, *args, monitoring_callbacks=monitoring_callbacks, **kwargs)
-    empty = getattr(L.Callback, hook_name, None)
-    hooks = [getattr(callback, hook_name) for callback in trainer.callbacks]
-    written = [hook for hook in hooks if getattr(hook, "__func__", hook) is not empty and callable(hook)]
-    if written:
+    if written := _written(trainer, hook_name):
         before, module.__dict__["_current_fx_name"] = module._current_fx_name, hook_name
         for hook in written:
             hook(trainer, module, *args, **kwargs)
         module.__dict__["_current_fx_name"] = before
+
+
+def _written(trainer: L.Trainer, hook_name: str) -> list[Callable[..., None]]:
+    """The callbacks' hooks of this name that are not the empty one; looked for anew where the list of callbacks has changed."""
+    found, callbacks = vars(trainer).setdefault("_written_hooks", {}), tuple(trainer.callbacks)
+    known, written = found.get(hook_name, ((), []))
+    if known != callbacks:
+        empty = getattr(L.Callback, hook_name, None)
+        hooks = [getattr(callback, hook_name) for callback in callbacks]
+        written = [hook for hook in hooks if getattr(hook, "__func__", hook) is not empty and callable(hook)]
+        found[hook_name] = callbacks, written
+    return written
 
 
 def _call_lightning_module_hook(
@@ -94,6 +104,7 @@ class LeanHooks(L.Callback):
 
     def _end(self, trainer: L.Trainer) -> None:
         vars(trainer.fit_loop.epoch_loop).pop("_build_kwargs", None)
+        vars(trainer).pop("_written_hooks", None)
         self._switch(False)
 
     def _switch(self, on: bool) -> None:

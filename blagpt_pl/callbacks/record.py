@@ -152,7 +152,7 @@ class Record(L.Callback):
             "max_steps": trainer.max_steps,
             "tokens": trainer.global_step * getattr(data, "tokens_per_step", 0),
             "parameters": count(pl_module.parameters()),
-            "seconds": _rounded(time.time() - self._started),
+            "seconds": _rounded(time.time() - self._started if self._started else 0.0),  # nothing was left to train
             "seed": pl_module.seed,
         }
         if saved is not None and saved.best_step:

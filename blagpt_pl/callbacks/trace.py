@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import PyTorchProfiler
 
 from blagpt_pl.errors import ConfigError
 
@@ -33,6 +34,10 @@ class Trace(L.Callback):
         self._begun = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        others = sum(isinstance(callback, Trace) for callback in trainer.callbacks) - 1
+        if others or isinstance(trainer.profiler, PyTorchProfiler):  # torch's profiler crashes where two overlap
+            found = f"{others + 1} of them" if others else "beside trainer.profiler: PyTorchProfiler"
+            raise ConfigError(f"Trace: {found} (expected one trace a run); fix: leave one")
         begin = max(self.first_step, trainer.global_step)
         if begin + self.steps > trainer.max_steps:
             raise ConfigError(
@@ -61,6 +66,10 @@ class Trace(L.Callback):
         if self._profile is not None and trainer.global_step >= self._begun + self.steps - 1:
             self._end(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._profile is not None:  # stopped early
+            self._end(trainer)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._profile is not None:
             self._end(trainer)
@@ -73,5 +82,5 @@ class Trace(L.Callback):
         rank = trainer.global_rank
         path = folder / (f"trace-{rank}.json.gz" if rank else "trace.json.gz")
         profile.export_chrome_trace(str(path))
-        last = self._begun + self.steps - 1
+        last = min(self._begun + self.steps - 1, trainer.global_step)
         print(f"steps {self._begun} to {last} traced: {path} (open it in https://ui.perfetto.dev)", flush=True)

@@ -5,14 +5,14 @@ How      the tokens are cut into chunks; each chunk's logits, loss and gradients
          gradients, so no matrix product is done twice, and each parameter's gradient arrives once. The head's gradients
          add up in float32
 Heads    one that is a linear map (`nn.base.Head.as_linear`): the gradients are written out here (`losses.slopes`). Any other
-         head, and one with hooks, is differentiated by autograd, chunk by chunk
+         head, one with hooks, and one beside terms that learn something, is differentiated by autograd, chunk by chunk
 Twin     `next_token.Full`; the same value and gradients
 Source   the idea: Wijmans et al. 2024 (Cut Cross-Entropy), arXiv:2411.09009; Hsu et al. 2024 (Liger), arXiv:2410.10989
 Cost     scores of one chunk and their gradient, 2 · chunk · V, instead of (B T) · V; one float32 gradient of the head. Each
          chunk reads and writes that gradient once more, so chunks are an eighth of the tokens, and 8192 of them at most
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 
 import torch
@@ -38,9 +38,21 @@ def chunk_of(n: int) -> int:
 
 
 def linear_of(head: nn.Module) -> LinearMap | None:
-    """The head as a linear map, if it is one and nobody listens to its calls (hooks, a `forward` put on the instance)."""
-    listening = any(getattr(head, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
-    return None if listening or "forward" in vars(head) or not hasattr(head, "as_linear") else head.as_linear()
+    """The head as a linear map, if it is one and nobody listens to its calls (hooks, a `forward` put on an instance)."""
+    if not hasattr(head, "as_linear") or any(listened_to(module) for module in head.modules()):
+        return None
+    return head.as_linear()
+
+
+def listened_to(module: nn.Module) -> bool:
+    """Whether to call a module is more than its class says."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return "forward" in vars(module) or any(getattr(module, f"_{kind}_hooks") for kind in kinds)
+
+
+def learned(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """What the modules learn, each tensor once."""
+    return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
 
 class Chunked(NextToken):
@@ -74,9 +86,9 @@ class Chunked(NextToken):
     ) -> tuple[Tensor, Tensor]:
         features, targets, n, shares = flat(features, targets, weights)
         chunk = self.chunk or chunk_of(len(features))
-        linear = linear_of(head)
+        linear = None if learned(terms) else linear_of(head)
         if linear is None:
-            parameters = [p for p in head.parameters() if p.requires_grad]
+            parameters = learned([head, *terms])
             make = partial(self._by_autograd, head, features, targets, shares, terms, n, chunk, parameters)
             return stored(make, [features, *parameters])
         rows = partial(self.rows, cap=linear.cap, terms=tuple(terms))
@@ -92,10 +104,10 @@ class Chunked(NextToken):
         n: Tensor,
         chunk: int,
         ps: list,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         sums: Tensor | float = 0.0
         grad_x = torch.empty_like(x)
-        grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ps]
+        grads: list[Tensor | None] = [None] * len(ps)
         for piece in pieces(len(x), chunk):
             leaf = x[piece].detach().requires_grad_()
             with torch.enable_grad():
@@ -103,9 +115,8 @@ class Chunked(NextToken):
                 gx, *gp = gradients(mine.sum(), [leaf, *ps])
             sums = sums + mine.detach()
             grad_x[piece] = gx
-            if grads:  # a frozen head has none
-                torch._foreach_add_(grads, gp)
-        torch._foreach_div_([grad_x, *grads], n)
+            grads = [more(total, g) for total, g in zip(grads, gp, strict=True)]
+        torch._foreach_div_([grad_x, *(g for g in grads if g is not None)], n)
         return sums / n, [grad_x, *grads]
 
     @torch.no_grad()
@@ -120,6 +131,13 @@ class Chunked(NextToken):
                 scores = F.linear(features[piece], linear.weight, linear.bias)
                 total = total + self.nats_of(scores, targets[piece], cap=linear.cap)
         return total
+
+
+def more(total: Tensor | None, g: Tensor | None) -> Tensor | None:
+    """total + g, float32 or wider; `total` is used up, None is nothing."""
+    if g is None or total is not None:
+        return total if g is None else total.add_(g)
+    return g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
 
 
 def pieces(n: int, chunk: int) -> list[slice]:

@@ -50,7 +50,7 @@ def flat(features: Tensor, targets: Tensor, weights: Sequence[float] | None) -> 
     if weights is None:
         return features, targets, n, torch.ones_like(counts, dtype=torch.float64)
     given = torch.stack([torch.full((), w, dtype=torch.float64, device=counts.device) for w in weights])
-    return features, targets, n, given * n / counts
+    return features, targets, n, given * n / counts.clamp(min=1)  # a target that counts nowhere adds nothing
 
 
 class NextToken:

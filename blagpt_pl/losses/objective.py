@@ -6,7 +6,7 @@ Formula  total = next-token loss + Σ terms, each weighted; the terms of the log
 
 from torch import Tensor, nn
 
-from blagpt_pl.losses.chunked import linear_of
+from blagpt_pl.losses.chunked import learned, linear_of
 from blagpt_pl.losses.next_token import NextToken
 from blagpt_pl.losses.term import LogitTerm, TrunkTerm
 
@@ -45,4 +45,6 @@ def untraceable(model: nn.Module) -> str | None:
     terms = [term.name for term in model.losses if isinstance(term, TrunkTerm)]
     if terms:
         return f"the term {terms[0]}"
+    if learning := [term.name for term in model.losses if learned([term])]:
+        return f"the term {learning[0]}, which learns,"
     return f"the head {type(model.head).__name__}" if linear_of(model.head) is None else None

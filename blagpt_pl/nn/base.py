@@ -148,13 +148,15 @@ class LinearMap(NamedTuple):
 class Head(nn.Module):
     """From features to logits: (..., D) -> (..., V). Built from its `Site` and the embedding table.
 
-    A head that is a linear map says so in `as_linear`, and the loss writes out its gradients. A subclass that has a `forward`
-    of its own and no `as_linear` of its own is none.
+    A head that is a linear map says so in `as_linear`, and the loss writes out its gradients. A subclass whose
+    `forward` is another, its own or one mixed in, and which has no `as_linear` beside it, is none.
     """
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "as_linear" not in vars(cls):
+        order = cls.__mro__
+        forward, linear = (next(c for c in order if name in vars(c)) for name in ("forward", "as_linear"))
+        if order.index(forward) < order.index(linear):
             cls.as_linear = Head.as_linear
 
     def as_linear(self) -> LinearMap | None:

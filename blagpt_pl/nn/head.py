@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from blagpt_pl.nn.base import Head, LinearMap, Site
 from blagpt_pl.nn.softcap import SoftCap
 
+CAPPING = (nn.Identity, SoftCap)
+
 
 def capping(softcap: float | None) -> nn.Module:
     """What the logits pass through last."""
@@ -36,8 +38,8 @@ class TiedHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         return self.cap(F.linear(features, self.weight))
 
-    def as_linear(self) -> LinearMap:
-        return LinearMap(self.weight, None, getattr(self.cap, "cap", None))
+    def as_linear(self) -> LinearMap | None:
+        return LinearMap(self.weight, None, getattr(self.cap, "cap", None)) if type(self.cap) in CAPPING else None
 
 
 class LinearHead(Head):
@@ -58,5 +60,7 @@ class LinearHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         return self.cap(self.linear(features))
 
-    def as_linear(self) -> LinearMap:
+    def as_linear(self) -> LinearMap | None:
+        if type(self.linear) is not nn.Linear or type(self.cap) not in CAPPING:  # put there by somebody else
+            return None
         return LinearMap(self.linear.weight, self.linear.bias, getattr(self.cap, "cap", None))

@@ -3,11 +3,13 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from helpers import tiny
+from lightning.pytorch.profilers import PyTorchProfiler
 
 from blagpt_pl.callbacks.trace import Trace
 from blagpt_pl.errors import ConfigError
@@ -62,6 +64,29 @@ def test_a_run_that_dies_leaves_what_it_has(tmp_path: Path) -> None:
 def test_a_run_that_ends_before_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Trace.first_step: 6 and 3 steps, but the run ends at 8"):
         fit(tmp_path, Trace(6, 3))
+
+
+class Enough(L.Callback):
+    """Ends the run at the end of a step, in order."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_a_run_that_is_stopped_early_leaves_what_it_has(tmp_path: Path, capsys: object) -> None:
+    fit(tmp_path, Trace(3, 4, memory=False), Enough())
+    assert steps_in(tmp_path / "trace.json.gz") == 2
+    assert "steps 4 to 5 traced" in capsys.readouterr().out
+
+
+def test_two_traces_at_once_are_refused(tmp_path: Path) -> None:
+    """torch's profiler knows one at a time: two that overlap crash the process, two that do not share a file."""
+    with pytest.raises(ConfigError, match="Trace: 2 of them"):
+        fit(tmp_path, Trace(1, 2), Trace(4, 2))
+    trace = Trace(1, 2)
+    trainer = SimpleNamespace(callbacks=[trace], profiler=PyTorchProfiler(dirpath=tmp_path), global_step=0, max_steps=8)
+    with pytest.raises(ConfigError, match="Trace: beside trainer.profiler"):
+        trace.on_train_start(trainer, None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("first_step", -1), ("steps", 0)])

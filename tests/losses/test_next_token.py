@@ -1,6 +1,7 @@
 """The chunked loss equals its naive twin, in value and in every gradient, and never holds the logits."""
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
@@ -15,11 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from blagpt_pl.losses.choice import loss_named
 from blagpt_pl.losses.chunked import FEWEST, LARGEST, Chunked, chunk_of, linear_of
-from blagpt_pl.losses.next_token import IGNORE, Full, full, summed, token_losses
+from blagpt_pl.losses.next_token import IGNORE, Full, NextToken, full, summed, token_losses
 from blagpt_pl.losses.slopes import nats, slopes
 from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.losses.z_loss import ZLoss
+from blagpt_pl.nn.base import Site
 from blagpt_pl.nn.head import LinearHead, TiedHead
+
+HOOKS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
 
 
 class Own(LinearHead):
@@ -308,8 +312,116 @@ def test_a_head_that_changes_its_forward_alone_is_no_linear_map() -> None:
     assert linear_of(own) is None
     assert linear_of(plain).weight is plain.linear.weight
     assert linear_of(nn.Linear(D, V)) is None
-    plain.register_forward_hook(lambda module, args, out: 2 * out)
-    assert linear_of(plain) is None
+    assert linear_of(Mixed(SITE, nn.Embedding(V, D))) is None
+
+
+class Twice:
+    """Something that changes what a head gives, mixed into one."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
+
+
+class Mixed(Twice, LinearHead):
+    """`forward` is neither its own nor its head's."""
+
+
+class Unused(Own):
+    """A head with a parameter that its logits do not depend on."""
+
+    def __init__(self, site: Site, embedding: nn.Embedding) -> None:
+        super().__init__(site, embedding)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+def hook_on(name: str, kind: str) -> Callable[[nn.Module], object]:
+    return lambda head: getattr(head.get_submodule(name), f"register_{kind}_hook")(lambda *_: None)
+
+
+CHANGES = {
+    **{f"{kind} {name}": hook_on(name, kind) for name in ("", "linear", "cap") for kind in HOOKS},
+    "forward": lambda head: setattr(head, "forward", lambda x: 2 * head.linear(x)),
+    "forward within": lambda head: setattr(
+        head.linear, "forward", lambda x: 2 * nn.functional.linear(x, head.linear.weight, head.linear.bias)
+    ),
+    "another cap": lambda head: setattr(head, "cap", nn.Tanh()),
+    "another linear": lambda head: setattr(head, "linear", nn.Sequential(nn.Linear(D, V), nn.Tanh()).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_that_was_changed_is_no_linear_map(change: str) -> None:
+    """What somebody put onto a head, or into it, is in the loss, whatever its implementation, and in what is measured."""
+    module, features, targets = problem("capped")
+    assert linear_of(module) is not None
+    CHANGES[change](module)
+    assert linear_of(module) is None
+    assert (
+        gap(*(results(how.parts(module, features, targets)[0], module, features) for how in (Chunked(9), Full())))
+        < 1e-12
+    )
+    assert gap([Chunked(9).nats(module, features, targets)], [Full().nats(module, features, targets)]) < 1e-10
+
+
+class Learns(LogitTerm):
+    """A term with something to learn."""
+
+    name = "learns"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(targets == IGNORE, 0.0, (self.rate - logits.logsumexp(-1)).square())
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("head", ["tied", "own"])
+def test_a_term_that_learns_gets_its_gradient(head: str, backend: str | None) -> None:
+    module, features, targets = problem(head)
+    term, found = Learns(), []
+    for how in (Chunked(9) if backend is None else Chunked(9).compiled(backend), Full()):
+        total, _ = how.parts(module, features, targets, [term])
+        found.append([total, *torch.autograd.grad(total, [term.rate, features, *module.parameters()])])
+    assert found[1][1] != 0
+    assert gap(*found) < 1e-12
+
+
+def test_a_parameter_that_a_head_does_not_use_has_no_gradient() -> None:
+    _, features, targets = problem("own")
+    module = Unused(SITE, nn.Embedding(V, D)).double()
+    for how in (Chunked(9), Full()):
+        module.zero_grad()
+        how.parts(module, features, targets)[0].backward()
+        assert module.unused.grad is None
+        assert module.linear.weight.grad is not None
+
+
+@pytest.mark.parametrize("how", [Chunked(9), Full()])
+def test_terms_are_means_over_the_first_target(how: NextToken) -> None:
+    """Whatever the others leave out; and one of them that counts nowhere adds nothing."""
+    module, features, targets = problem("linear")
+    other = torch.full_like(targets, IGNORE)
+    other[0, :5] = 3
+    for second in (other, torch.full_like(targets, IGNORE)):
+        total, parts = how.parts(module, features, torch.stack([targets, second], -1), TERMS["z-loss"], (1.0, 0.3))
+        z, counts = module(features.detach()), targets != IGNORE
+        of_second = token_losses(z.flatten(0, 1), second.flatten()).sum() / max(1, (second != IGNORE).sum())
+        term = 0.1 * z.logsumexp(-1)[counts].square().mean()
+        expected = [full(module, features, targets).detach(), 0.3 * of_second, term]
+        assert gap([*parts], expected) < 1e-12
+        assert (total - sum(expected)).abs() < 1e-12
+
+
+def test_an_own_head_in_bf16_adds_up_in_float32() -> None:
+    """The sum over many chunks of one token is as good as over one chunk of many."""
+    module, features, targets = problem("own", shape=(4096,), ignored=0.0, dtype=torch.bfloat16)
+    exact, (x, y) = problem("own")[0], (features.detach().double().requires_grad_(), targets)
+    exact.load_state_dict({name: p.double() for name, p in module.state_dict().items()})
+    (truth,) = torch.autograd.grad(full(exact, x, y), [exact.linear.bias])
+    (mine,) = torch.autograd.grad(chunked(module, features, y, 4), [module.linear.bias])
+    assert (mine.double() - truth).norm() / truth.norm() < 0.01
 
 
 @given(st.integers(1, 300_000))

@@ -231,6 +231,25 @@ def test_the_budget_is_set_for_the_regions_alone() -> None:
     assert torch._functorch.config.activation_memory_budget == 1.0
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_budget_is_set_for_the_whole_graph() -> None:
+    seen: list[float] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        seen.append(torch._functorch.config.activation_memory_budget)
+        return graph
+
+    model = tiny(compile=backend, whole_graph=True, memory=Budget(0.7))
+    model.configure_model()
+    model.objective(*batch(model))
+    assert seen == [0.7]
+
+
+def test_the_blocks_of_terms_are_recomputed_too() -> None:
+    model = made("multi-token", policy=RecomputeBlocks())
+    assert [type(block).__name__ for block in model.losses[0].blocks] == ["RecomputedBlock"] * 2
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_budget_that_is_no_share(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"Budget\.fraction: .* \(expected a share above 0 and below 1"):
