@@ -248,7 +248,8 @@ class Account:
         except ConfigError as error:
             yield Fact(section, "step", None, "ms", f"not predicted: {error}")
             return
-        bound = "lower bound; " if self.flops.uncounted or self.memory.lower_bound else ""
+        more = self.flops.uncounted or self.memory.lower_bound or isinstance(self.model.memory, Budget)
+        bound = "lower bound; " if more else ""
         said = f"{bound}prediction; no run of ours has confirmed it"
         yield Fact(section, "step", step.step_ms, "ms", said)
         yield Fact(section, "tokens a second", step.tokens_per_s)

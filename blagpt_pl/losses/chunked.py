@@ -24,7 +24,7 @@ from blagpt_pl.losses.next_token import NextToken, flat, summed, token_losses
 from blagpt_pl.losses.stored import gradients, stored, unkept
 from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.nn.autocast import autocast_dtype, without_autocast
-from blagpt_pl.nn.base import LinearMap
+from blagpt_pl.nn.base import LinearMap, wide
 from blagpt_pl.nn.compiled import compiled
 
 FEWEST, LARGEST, SMALLEST = 8, 8192, 256  # chunks; tokens of a chunk
@@ -116,8 +116,7 @@ class Chunked(NextToken):
             sums = sums + mine.detach()
             grad_x[piece] = gx
             grads = [more(total, g) for total, g in zip(grads, gp, strict=True)]
-        torch._foreach_div_([grad_x, *(g for g in grads if g is not None)], n)
-        return sums / n, [grad_x, *grads]
+        return sums / n, [None if g is None else (wide(g) / n).to(g.dtype) for g in (grad_x, *grads)]
 
     @torch.no_grad()
     def nats(self, head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
@@ -184,7 +183,10 @@ class _Stored(torch.autograd.Function):
         n, *stored = ctx.saved_tensors
         scale = grad / n
         pairs = zip(stored, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * scale).to(dtype) for g, dtype in pairs), None, None, None, None, None
+        grads = (
+            None if g is None else (wide(g) * scale).to(dtype) for g, dtype in pairs
+        )  # 16 bit would round the scale
+        return *grads, None, None, None, None, None
 
 
 def plus_product(total: Tensor | None, slope: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

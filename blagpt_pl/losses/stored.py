@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blagpt_pl.nn.autocast import without_autocast
+from blagpt_pl.nn.base import wide
 
 Make = Callable[[], tuple[Tensor, Sequence[Tensor | None]]]
 
@@ -32,7 +33,7 @@ class _Stored(torch.autograd.Function):
                 "losses.next_token.full instead"
             )
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(None if g is None else (g * grad).to(dtype) for g, dtype in pairs)
+        return None, *(None if g is None else (wide(g) * grad).to(dtype) for g, dtype in pairs)
 
 
 def stored(make: Make, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
