@@ -1,33 +1,20 @@
 """Two ranks, DDP and FSDP2, train heads that make their gradients in the forward pass as one rank does."""
 
-import multiprocessing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import V, shake, tiny
+from ranks import RANKS, Objective, full, joined, run
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from blagpt_pl.losses.multi_token import MultiToken
 from blagpt_pl.losses.z_loss import ZLoss
 from blagpt_pl.sharding import shard, without_sync
 
-STEPS, RANKS, MICRO, ROWS, LENGTH = 3, 2, 2, 2, 12  # each step: two micro-batches a rank, two sequences each
-
-
-class Objective(nn.Module):
-    """The objective as a forward, which is where DDP listens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.objective(tokens, targets)[0]
+STEPS, MICRO, ROWS, LENGTH = 3, 2, 2, 12  # each step: two micro-batches a rank, two sequences each
 
 
 def fresh() -> nn.Module:
@@ -54,39 +41,24 @@ def train(model: nn.Module, ranks: slice, kind: str = "one") -> dict[str, Tensor
             with alone if micro < MICRO - 1 else torch.enable_grad():
                 (objective(rows[:, :-1], rows[:, 1:]) / MICRO).backward()
         optimizer.step()
-    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+    return full(dict(model.named_parameters()))
 
 
 def work(rank: int, folder: Path) -> None:
     """One rank of two: train with both strategies, and write down what came out and what each held."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    results = {}
-    for kind in ("ddp", "fsdp"):
-        model = fresh()
-        if kind == "fsdp":
-            shard(model, model.regions(), mesh)
-            assert all(p.to_local().numel() < p.numel() for p in model.losses.parameters())
-        results[kind] = train(model, slice(rank, rank + 1), kind)
-    torch.save(results, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+    with joined(rank, folder) as (mesh, results):
+        for kind in ("ddp", "fsdp"):
+            model = fresh()
+            if kind == "fsdp":
+                shard(model, model.regions(), mesh)
+                assert all(p.to_local().numel() < p.numel() for p in model.losses.parameters())
+            results[kind] = train(model, slice(rank, rank + 1), kind)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank of two ended with, by strategy."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["blagpt_pl.lab.train"])  # one server for the whole suite
-    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return run(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import multiprocessing
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._functorch.config
-import torch.distributed as dist
 from helpers import attention, batch, block, shake, tiny
+from ranks import RANKS, Objective, full, joined, run
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -292,18 +291,7 @@ def test_an_update_below_half_a_step_is_lost_in_sixteen_bit() -> None:
 
 # ------------------------------------------------------------------ ranks
 
-RANKS, STEPS, MICRO, ROWS, LENGTH = 2, 3, 2, 2, 12
-
-
-class Objective(nn.Module):
-    """The objective as a forward, which is where DDP listens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.objective(tokens, targets)[0]
+STEPS, MICRO, ROWS, LENGTH = 3, 2, 2, 12
 
 
 def train(kind: str, ranks: slice, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
@@ -324,33 +312,20 @@ def train(kind: str, ranks: slice, mesh: DeviceMesh | None = None) -> dict[str, 
             with quiet if micro < MICRO - 1 else torch.enable_grad():
                 (objective(rows[:, :-1], rows[:, 1:]) / MICRO).backward()
         optimizer.step()
-    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+    return full(dict(model.named_parameters()))
 
 
 def work(rank: int, folder: Path) -> None:
     """One rank of two."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    results = {kind: train(kind, slice(rank, rank + 1), mesh) for kind in ("ddp", "fsdp")}
-    torch.save(results, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+    with joined(rank, folder) as (mesh, results):
+        results |= {kind: train(kind, slice(rank, rank + 1), mesh) for kind in ("ddp", "fsdp")}
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """DDP and FSDP2 with recomputed blocks, against one rank without; every layer reads what the one before it has written."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["blagpt_pl.lab.train"])  # one server for the whole suite
-    processes = [context.Process(target=work, args=(rank, tmp_path)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
     alone, start = train("one", slice(0, RANKS)), dict(made("memo").named_parameters())
-    for rank in range(RANKS):
-        for kind, found in torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True).items():
+    for result in run(work, tmp_path):
+        for kind, found in result.items():
             assert found.keys() == alone.keys()
             assert gap(list(found.values()), list(alone.values())) < 1e-12, kind
     assert min((start[name] - p).abs().max() for name, p in alone.items()) > 1e-6

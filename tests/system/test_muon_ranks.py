@@ -1,22 +1,20 @@
 """Muon on two ranks, DDP and FSDP2: what one rank does, the same bits on both, each matrix orthogonalised once."""
 
 import copy
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import V, shake, tiny
+from ranks import RANKS, Objective, full, joined, run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from blagpt_pl.optim import orthogonal
@@ -25,19 +23,8 @@ from blagpt_pl.optim.muon import Muon
 from blagpt_pl.resume import number_by_model
 from blagpt_pl.sharding import shard
 
-STEPS, RANKS, ROWS, LENGTH = 4, 2, 3, 12
+STEPS, ROWS, LENGTH = 4, 3, 12
 WHOLE = StateDictOptions(full_state_dict=True)
-
-
-class Objective(nn.Module):
-    """The objective as a forward, which is where DDP listens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.model.objective(tokens, targets)[0]
 
 
 def fresh() -> nn.Module:
@@ -59,10 +46,6 @@ def train(objective: nn.Module, optimizer: torch.optim.Optimizer, ranks: slice, 
         optimizer.step()
 
 
-def full(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for name, p in values.items()}
-
-
 def counting(counts: list[int]) -> Callable:
     """Newton-Schulz that writes down how many matrices it is given, those that only fill up left out."""
     original = orthogonal.newton_schulz
@@ -76,62 +59,48 @@ def counting(counts: list[int]) -> Callable:
 
 def work(rank: int, folder: Path) -> None:
     """One rank of two: train under both strategies, resume crosswise, and write down what came of it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    mine, first, second = slice(rank, rank + 1), slice(STEPS), slice(STEPS, 2 * STEPS)
-    results, saved, counts = {}, {}, []
-    orthogonal.newton_schulz = counting(counts)
-    for kind in ("ddp", "fsdp"):
-        model = fresh()
-        if kind == "fsdp":
-            shard(model, model.regions(), mesh)
-        optimizer = model.make_optimizer()
-        objective = Objective(model)
-        train(DistributedDataParallel(objective) if kind == "ddp" else objective, optimizer, mine, first)
-        results[f"{kind}, made"] = torch.tensor(sum(counts))
-        counts.clear()
-        results[kind] = full(dict(model.named_parameters()))
-        if kind == "ddp":
-            saved = copy.deepcopy(optimizer.state_dict())
-            number_by_model(saved, optimizer, list(model.parameters()))
-            train(DistributedDataParallel(objective), optimizer, mine, second)
-            results["ddp, on"] = full(dict(model.named_parameters()))
+    with joined(rank, folder) as (mesh, results):
+        mine, first, second = slice(rank, rank + 1), slice(STEPS), slice(STEPS, 2 * STEPS)
+        saved, counts = {}, []
+        orthogonal.newton_schulz = counting(counts)
+        for kind in ("ddp", "fsdp"):
+            model = fresh()
+            if kind == "fsdp":
+                shard(model, model.regions(), mesh)
+            optimizer = model.make_optimizer()
+            objective = Objective(model)
+            train(DistributedDataParallel(objective) if kind == "ddp" else objective, optimizer, mine, first)
+            results[f"{kind}, made"] = torch.tensor(sum(counts))
             counts.clear()
-        else:
-            results["fsdp, saved"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-            assert all(s["momentum_buffer"].to_local().numel() < s["momentum_buffer"].numel()
-                       for s in optimizer.members["matrix"].state.values())  # fmt: skip
-    model = fresh()
-    model.load_state_dict(results["ddp"], strict=False)  # a tied head stands there once
-    shard(model, model.regions(), mesh)
-    optimizer = model.make_optimizer()
-    names = dict(enumerate(name for name, _ in model.named_parameters()))
-    by_name = {
-        "state": {names[n]: value for n, value in saved["state"].items()},
-        "param_groups": [{**g, "params": [names[n] for n in g["params"]]} for g in saved["param_groups"]],
-    }
-    set_optimizer_state_dict(model, optimizer, by_name, options=WHOLE)
-    train(Objective(model), optimizer, mine, second)
-    results["ddp, on with fsdp"] = full(dict(model.named_parameters()))
-    torch.save(results, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+            results[kind] = full(dict(model.named_parameters()))
+            if kind == "ddp":
+                saved = copy.deepcopy(optimizer.state_dict())
+                number_by_model(saved, optimizer, list(model.parameters()))
+                train(DistributedDataParallel(objective), optimizer, mine, second)
+                results["ddp, on"] = full(dict(model.named_parameters()))
+                counts.clear()
+            else:
+                results["fsdp, saved"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+                assert all(s["momentum_buffer"].to_local().numel() < s["momentum_buffer"].numel()
+                           for s in optimizer.members["matrix"].state.values())  # fmt: skip
+        model = fresh()
+        model.load_state_dict(results["ddp"], strict=False)  # a tied head stands there once
+        shard(model, model.regions(), mesh)
+        optimizer = model.make_optimizer()
+        names = dict(enumerate(name for name, _ in model.named_parameters()))
+        by_name = {
+            "state": {names[n]: value for n, value in saved["state"].items()},
+            "param_groups": [{**g, "params": [names[n] for n in g["params"]]} for g in saved["param_groups"]],
+        }
+        set_optimizer_state_dict(model, optimizer, by_name, options=WHOLE)
+        train(Objective(model), optimizer, mine, second)
+        results["ddp, on with fsdp"] = full(dict(model.named_parameters()))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank of two ended with."""
-    folder = tmp_path_factory.mktemp("muon")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["blagpt_pl.lab.train"])  # one server for the whole suite
-    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return run(work, tmp_path_factory.mktemp("muon"))
 
 
 @pytest.fixture(scope="module")
