@@ -5,6 +5,7 @@ Several  with K targets a token, (..., K), and their weights w: Σ_k w_k · loss
 Here     `Full`, the naive twin; `losses.chunked` never holds all logits; `losses.liger` calls Liger's kernel
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,13 +54,14 @@ def flat(features: Tensor, targets: Tensor, weights: Sequence[float] | None) -> 
     return features, targets, n, given * n / counts.clamp(min=1)  # a target that counts nowhere adds nothing
 
 
-class NextToken:
+class NextToken(ABC):
     """How the next-token loss is made.
 
     Every implementation gives the same numbers; they differ in memory and time. `rows` of the twin is compiled as one
     piece where the model is.
     """
 
+    @abstractmethod
     def parts(
         self,
         head: nn.Module,
@@ -81,15 +83,14 @@ class NextToken:
             The scalar to differentiate; and the weighted mean of each target, then of each term, which no gradient flows
             through, (K + terms,).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def nats(self, head: nn.Module, features: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of all targets that count, in float64, not differentiated: what a ruler adds up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compiled(self, backend: str | Callable) -> "NextToken":
         """The same, with its elementwise part compiled by a backend of torch.compile."""
-        raise NotImplementedError
 
 
 class Full(NextToken):
