@@ -306,10 +306,14 @@ class LanguageModel(L.LightningModule):
                 raise ConfigError("model.whole_graph: true, but FSDP2 gathers weights region by region; fix: false")
             shard(self, self.regions(), self.device_mesh)
 
+    def _all_regions(self) -> list[nn.Module]:
+        """The regions of the model and of its terms."""
+        return [*self.regions(), *(region for term in self.losses for region in term.regions())]
+
     def apply_memory_policy(self) -> None:
         """Let the policy change the regions of the model and of its terms, in place; once more changes nothing."""
         if self.memory is not None:
-            for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
+            for region in self._all_regions():
                 self.memory.on_region(region)
 
     def compile_regions(self, backend: str | Callable) -> None:
@@ -326,7 +330,7 @@ class LanguageModel(L.LightningModule):
                 raise ConfigError(f"model.whole_graph: true, but {reason} cannot be traced; fix: false")
             self._objective, self._measure = (compiled(f, for_regions) for f in (objective, measure))
             return
-        for region in (*self.regions(), *(region for term in self.losses for region in term.regions())):
+        for region in self._all_regions():
             region.compile(backend=for_regions, fullgraph=True, dynamic=False)
         self._loss = self._loss.compiled(backend)
 

@@ -48,10 +48,12 @@ def child(request: str) -> None:
     device = torch.device(asked["device"])
     if asked["threads"] is not None:
         torch.set_num_threads(asked["threads"])
-    [(name, layers)] = stepper.configurations(asked["words"])
+    name, layers = stepper.one_configuration(asked["words"])
     tree = stepper.compiled_by(stepper.small(layers.tree) if asked["small"] else layers.tree, asked["compile"])
-    batch = max(1, 1024 // tree["data"]["context"]) if asked["small"] else tree["data"]["device_batch_size"]
-    precision = "32-true" if asked["small"] else tree.get("trainer", {}).get("precision", "32-true")
+    batch, precision = (
+        stepper.batch_of(tree, 1024 if asked["small"] else None),
+        stepper.precision_of(layers, asked["small"]),
+    )
     if asked["whole"]:
         tree["model"]["init_args"]["whole_graph"] = True
     one = stepper.of_configuration(name, layers, tree, device, batch, precision)
@@ -67,9 +69,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
     """
     from blagpt_pl.lab import stepper
 
-    named = stepper.configurations(args.layers)
-    if len(named) > 1:
-        raise ConfigError(f"{args.layers[1]}: one configuration is compiled (expected --config for its overlays)")
+    name, _ = stepper.one_configuration(args.layers)
     if args.compile == "none":
         raise ConfigError("--compile: none (expected a backend of torch.compile)")
     rows = []
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
     )
     size = "made small (width <= 192, 4 blocks, V <= 8192; float32)" if args.size == "small" else "as configured"
     return Report(
-        f"compile: {named[0][0] or 'the configuration'} {size}, {args.compile}",
+        f"compile: {name or 'the configuration'} {size}, {args.compile}",
         columns,
         rows,
         ["A process each; graphs of training alone. A piece is the forward or the backward half of a graph."],

@@ -68,17 +68,12 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
     from blagpt_pl.lab.quiet import quiet
 
     quiet()
-    if args.device_batch_size is not None and args.device_batch_size < 1:
-        raise ConfigError(f"--device-batch-size: {args.device_batch_size} (expected 1 or more)")
     if unknown := [name for name in args.policies if name not in POLICIES]:
         raise ConfigError(f"--policies: {unknown[0]!r} (expected of {', '.join(map(repr, POLICIES))})")
-    named = stepper.configurations(args.layers)
-    if len(named) > 1:
-        raise ConfigError(f"{named[1][0]}: a second configuration (expected one); fix: join overlays by +")
-    (_, layers), is_small = named[0], args.size == "small"
+    (_, layers), is_small = stepper.one_configuration(args.layers), args.size == "small"
     tree = stepper.compiled_by(stepper.small(layers.tree) if is_small else layers.tree, args.compile)
-    configured = max(1, TOKENS // tree["data"]["context"]) if is_small else tree["data"]["device_batch_size"]
-    batch, steppers, rows = args.device_batch_size or configured, [], []
+    batch = stepper.batch_of(tree, TOKENS if is_small else None, args.device_batch_size)
+    steppers, rows = [], []
     with stepper.many_graphs():
         for name in dict.fromkeys(("none", *args.policies)):
             memory, other = POLICIES[name]

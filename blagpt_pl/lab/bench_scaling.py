@@ -72,12 +72,11 @@ def models(args: argparse.Namespace, layers: "Layers", device: "torch.device") -
     is_small = args.size == "small"
     tree = stepper.small(layers.tree) if is_small else layers.tree
     tree = stepper.compiled_by(tree, args.compile or ("none" if is_small else None))
-    as_said = "32-true" if is_small else layers.tree.get("trainer", {}).get("precision", "32-true")
-    precision = args.precision or as_said
+    precision = stepper.precision_of(layers, is_small, args.precision)
     found = []
 
     def add(against: str, name: str, one: dict, tokens: int) -> None:
-        batch = max(1, tokens // one["data"]["context"])
+        batch = stepper.batch_of(one, tokens)
         found.append((against, stepper.of_configuration(name, layers, one, device, batch, precision)))
 
     for length in args.lengths or LENGTHS[args.size]:
@@ -98,9 +97,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
     from blagpt_pl.lab.quiet import quiet
 
     quiet()
-    configurations = stepper.configurations(args.layers)
-    if len(configurations) > 1:
-        raise ConfigError(f"{configurations[1][0]}: a second configuration (expected one)")
+    name, layers = stepper.one_configuration(args.layers)
     lengths = args.lengths or LENGTHS[args.size]
     args.tokens = max(TOKENS[args.size], *lengths) if args.lengths is None else max(lengths)
     for option, given, least in (("lengths", lengths, 1), ("factors", args.factors or FACTORS[args.size], 1e-3)):
@@ -108,7 +105,6 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
             raise ConfigError(f"--{option}: {wrong[0]} (expected {least} or more, and each once)")
     if wrong := [t for t in lengths if args.tokens % t]:
         raise ConfigError(f"--lengths: {wrong[0]} (expected divisors of {args.tokens}, so that all steps are as large)")
-    name, layers = configurations[0]
     with stepper.many_graphs():
         found = models(args, layers, device)
         times = timed([Case(s.name, s.step, s.tokens) for _, s in found], args.repeats, args.warmup, device)

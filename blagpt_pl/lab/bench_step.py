@@ -4,7 +4,6 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
-from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.bench_report import Column, Report, bars
 from blagpt_pl.lab.timing import Case, timed
 
@@ -53,17 +52,13 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
     from blagpt_pl.lab.quiet import quiet
 
     quiet()
-    if args.device_batch_size is not None and args.device_batch_size < 1:
-        raise ConfigError(f"--device-batch-size: {args.device_batch_size} (expected 1 or more)")
     is_small = args.size == "small"
     steppers, rows = [], []
     with stepper.many_graphs():
         for name, layers in stepper.configurations(args.layers):
             tree = stepper.compiled_by(stepper.small(layers.tree) if is_small else layers.tree, args.compile)
-            configured = max(1, TOKENS // tree["data"]["context"]) if is_small else tree["data"]["device_batch_size"]
-            as_said = "32-true" if is_small else layers.tree.get("trainer", {}).get("precision", "32-true")
-            precision = args.precision or as_said
-            batch = args.device_batch_size or configured
+            batch = stepper.batch_of(tree, TOKENS if is_small else None, args.device_batch_size)
+            precision = stepper.precision_of(layers, is_small, args.precision)
             steppers.append(stepper.of_configuration(name, layers, tree, device, batch, precision))
             rows.append({"compile": stepper.backend_of(tree), "precision": str(precision)})
         times = timed([Case(s.name, s.step, s.tokens) for s in steppers], args.repeats, args.warmup, device)

@@ -52,6 +52,35 @@ def configurations(words: list[str]) -> list[tuple[str, Layers]]:
     return [(s if short.count(s) == 1 else word, one) for s, (word, one) in zip(short, found, strict=True)]
 
 
+def one_configuration(words: list[str]) -> tuple[str, Layers]:
+    """The only one that a command line names.
+
+    Raises:
+        ConfigError: it names several, or as for `configurations`.
+    """
+    first, *others = configurations(words)
+    if others:
+        raise ConfigError(f"{others[0][0]}: a second configuration (expected one); fix: join overlays by +")
+    return first
+
+
+def batch_of(tree: dict, small_tokens: int | None, asked: int | None = None) -> int:
+    """B, sequences of a step: as asked; else a small step's tokens in sequences; else what the configuration says.
+
+    Raises:
+        ConfigError: less than one is asked for.
+    """
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--device-batch-size: {asked} (expected 1 or more)")
+    data = tree["data"]
+    return asked or (data["device_batch_size"] if small_tokens is None else max(1, small_tokens // data["context"]))
+
+
+def precision_of(layers: Layers, is_small: bool, asked: str | None = None) -> str | int:
+    """As asked; else float32 for a small step; else what the configuration says."""
+    return asked or ("32-true" if is_small else layers.tree.get("trainer", {}).get("precision", "32-true"))
+
+
 @dataclass(frozen=True)
 class Share(Scale):
     """The rules of another size: widths and heads in proportion to the stream, blocks likewise, a vocabulary at most.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from blagpt_pl.losses import slopes
 from blagpt_pl.losses.next_token import NextToken, flat, summed, token_losses
-from blagpt_pl.losses.stored import gradients, stored, unkept
+from blagpt_pl.losses.stored import given_back, gradients, stored, unkept
 from blagpt_pl.losses.term import LogitTerm
 from blagpt_pl.nn.autocast import autocast_dtype, without_autocast
 from blagpt_pl.nn.base import LinearMap, wide
@@ -175,18 +175,8 @@ class _Stored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "losses: gradients that were made in the forward pass have no second derivative; fix: differentiate "
-                "losses.next_token.full, or set model.loss to full"
-            )
-        n, *stored = ctx.saved_tensors
-        scale = grad / n
-        pairs = zip(stored, ctx.dtypes, strict=True)
-        grads = (
-            None if g is None else (wide(g) * scale).to(dtype) for g, dtype in pairs
-        )  # 16 bit would round the scale
-        return *grads, None, None, None, None, None
+        n, *grads = ctx.saved_tensors
+        return *given_back(grads, ctx.dtypes, grad / n), None, None, None, None, None
 
 
 def plus_product(total: Tensor | None, slope: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

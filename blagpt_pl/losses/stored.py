@@ -27,13 +27,23 @@ class _Stored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor):
-        if torch.is_grad_enabled():  # create_graph=True: what was stored would count as constant, silently
-            raise RuntimeError(
-                "losses: gradients that were made in the forward pass have no second derivative; fix: differentiate "
-                "losses.next_token.full instead"
-            )
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return None, *(None if g is None else (wide(g) * grad).to(dtype) for g, dtype in pairs)
+        return None, *given_back(ctx.saved_tensors, ctx.dtypes, grad)
+
+
+def given_back(
+    grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Stored gradients times a scale, each in its input's dtype; in 16 bit the scale would be rounded.
+
+    Raises:
+        RuntimeError: within create_graph=True, where what was stored would count as constant, silently.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "losses: gradients that were made in the forward pass have no second derivative; fix: differentiate "
+            "losses.next_token.full instead"
+        )
+    return tuple(None if g is None else (wide(g) * scale).to(dtype) for g, dtype in zip(grads, dtypes, strict=True))
 
 
 def stored(make: Make, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
