@@ -226,9 +226,10 @@ class LanguageModel(L.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Log the means since the last log, stamped with the number of optimizer steps taken."""
-        step = self.trainer.global_step
-        if step >= self.trainer.max_steps:
-            self.trainer.should_stop = True  # Lightning then validates once more before it leaves
+        trainer = self.trainer
+        step = trainer.global_step
+        if step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates once more before it leaves
         if not self.log_due(step):
             return
         rates = {"lr": next(iter(self._lr.values()))}
@@ -243,7 +244,8 @@ class LanguageModel(L.LightningModule):
 
     def log_due(self, step: int) -> bool:
         """Whether scalars are logged when this many optimizer steps have been taken."""
-        return step % self.trainer.log_every_n_steps == 0 or step == self.trainer.max_steps
+        trainer = self.trainer
+        return step % trainer.log_every_n_steps == 0 or step == trainer.max_steps
 
     # ------------------------------------------------------------------ measuring
 

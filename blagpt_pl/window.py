@@ -41,8 +41,8 @@ class Window:
         means = {f"train/{name}": mean for name, mean in self.means().items()}
         scalars = {**_read(means, agreed, trainer.strategy.reduce), **self.reported}
         self.reported = {}
-        numbers = {**scalars, "step": float(step)}.items()
-        kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers}
+        numbers = {**scalars, "step": float(step)}
+        kept = dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float64).unbind(), strict=True))
         trainer.callback_metrics.update(kept)
         trainer.logged_metrics.update(kept)
         for logger in trainer.loggers:

@@ -31,8 +31,9 @@ class NonFinite(L.Callback):
             self._look(trainer)
 
     def _look(self, trainer: L.Trainer) -> None:
+        metrics = trainer.callback_metrics
         for name in WATCHED:
-            value = float(trainer.callback_metrics.get(name, 0.0))
+            value = float(metrics.get(name, 0.0))
             if not math.isfinite(value):
                 raise Diverged(f"step {trainer.global_step}: {name} is {value}; fix: {self._fix(trainer)}")
 

@@ -65,7 +65,8 @@ class Progress(ProgressBar):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._visible and trainer.global_step and pl_module.log_due(trainer.global_step):
+        step = trainer.global_step
+        if step and pl_module.log_due(step) and self._visible:
             self._show(trainer)
 
     def on_train_batch_end(

@@ -16,7 +16,6 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard.summary import scalar
 
 from blagpt_pl.errors import ConfigError
 
@@ -78,7 +77,7 @@ class RunLogger(TensorBoardLogger):
         if step is None or not all(isinstance(value, float | int | Tensor) for value in metrics.values()):
             super().log_metrics(metrics, step)
         elif metrics:
-            values = [scalar(name, float(value)).value[0] for name, value in metrics.items()]
+            values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
             self.experiment.file_writer.add_summary(Summary(value=values), step)
 
     def save(self) -> None:

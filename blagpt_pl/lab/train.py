@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from blagpt_pl.callbacks.atomic_io import AtomicCheckpointIO, read_checkpoint
 from blagpt_pl.callbacks.checkpoint import Checkpoint
 from blagpt_pl.callbacks.first_step import FirstStep
-from blagpt_pl.callbacks.hooks import LeanHooks
+from blagpt_pl.callbacks.lean import Lean
 from blagpt_pl.callbacks.nonfinite import NonFinite
 from blagpt_pl.callbacks.progress import Progress
 from blagpt_pl.callbacks.record import Record
@@ -46,7 +46,7 @@ PASSED_ON = ("print_config",)
 
 def house_callbacks(config: str) -> list[L.Callback]:
     """What every fit has, beside the callbacks that have a section of the configuration, and the progress bar."""
-    return [PeakVRAM(), FirstStep(), GracefulStop(), NonFinite(), Record(config), LeanHooks()]
+    return [PeakVRAM(), FirstStep(), GracefulStop(), NonFinite(), Record(config), Lean()]
 
 
 class BlagptCLI(LightningCLI):
