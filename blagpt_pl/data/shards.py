@@ -161,18 +161,18 @@ class ShardSet:
             return
         n, length = out.shape
         ahead = length - 1  # from one window of a run to the next
-        begins = [0, *((starts[1:] - starts[:-1] != ahead).nonzero()[0] + 1).tolist()] if ahead else [*range(n)]
-        if len(begins) == n:  # no two follow one another
+        breaks = (starts[1:] - starts[:-1] != ahead).nonzero()[0] if ahead else np.arange(n - 1)
+        if n > 1 and len(breaks) == n - 1:  # no two follow one another
             out[:] = self._tokens(starts.tolist(), [length] * n).reshape(n, length)
             return
+        begins = [0, *(breaks + 1).tolist()] if len(breaks) else [0]
         rows = [b - a for a, b in pairwise([*begins, n])]
         tokens = self._tokens(starts[begins].tolist(), [r * ahead + 1 for r in rows])
-        row = done = 0
-        for r in rows:
-            run = tokens[done : done + r * ahead + 1]
-            out[row : row + r, :ahead] = run[:-1].reshape(r, ahead)
-            out[row : row + r, ahead] = run[ahead::ahead]
-            row, done = row + r, done + len(run)
+        done = 0
+        for row, r in zip(begins, rows, strict=True):
+            size = tokens.itemsize  # windows overlap by a token: a view of the run, (r, L)
+            out[row : row + r] = np.ndarray((r, length), tokens.dtype, tokens, size * done, (size * ahead, size))
+            done += r * ahead + 1
 
     def _tokens(self, firsts: list[int], counts: list[int]) -> np.ndarray:
         """Runs of `counts[i]` tokens from `firsts[i]` on, one after the other, in the widest form of the files."""

@@ -49,11 +49,13 @@ class TokenStream:
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
         """Window numbers of any sample indices, 0-based and unbounded."""
-        epochs, windows = np.divmod(np.asarray(samples, np.int64), self.n_windows)
-        if self.shuffle_seed is not None:
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                windows[here] = self.order(int(epoch))[windows[here]]
+        samples = np.asarray(samples, np.int64)
+        if self.shuffle_seed is None:
+            return samples % self.n_windows
+        epochs, windows = np.divmod(samples, self.n_windows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            windows[here] = self.order(int(epoch))[windows[here]]
         return windows
 
     def read(self, samples: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

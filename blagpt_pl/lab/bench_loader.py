@@ -61,21 +61,27 @@ class Reader:
 
 
 class Windows:
-    """A usual dataset: an item is one window, (T + 1,) int64; with `rows`, it is that many at once, (rows, T + 1)."""
+    """A usual dataset: an item is one window, (T + 1,) int64.
 
-    def __init__(self, shard: "Shard", context: int, rows: int | None = None) -> None:
-        self.shard, self.context, self.rows = shard, context, rows
+    Args:
+        rows: an item is that many windows at once, (rows, T + 1).
+        pairs: an item is inputs and targets, (T,) int64 each, as most training loops have it.
+    """
+
+    def __init__(self, shard: "Shard", context: int, rows: int | None = None, pairs: bool = False) -> None:
+        self.shard, self.context, self.rows, self.pairs = shard, context, rows, pairs
 
     def __len__(self) -> int:
         return (self.shard.n_tokens - 1) // self.context // (self.rows or 1)
 
-    def __getitem__(self, item: int) -> "torch.Tensor":
+    def __getitem__(self, item: int) -> "torch.Tensor | tuple[torch.Tensor, torch.Tensor]":
         import numpy as np
         import torch
 
         tokens, ahead = mapped(self.shard), self.context
         if self.rows is None:
-            return torch.from_numpy(tokens[item * ahead : item * ahead + ahead + 1].astype(np.int64))
+            window = torch.from_numpy(tokens[item * ahead : item * ahead + ahead + 1].astype(np.int64))
+            return (window[:-1], window[1:]) if self.pairs else window
         run = tokens[item * self.rows * ahead : (item + 1) * self.rows * ahead + 1].astype(np.int64)
         return torch.from_numpy(np.concatenate([run[:-1].reshape(-1, ahead), run[ahead::ahead, None]], 1))
 
@@ -147,6 +153,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
         rows,
         [
             f"Bursts of {BURST} batches; what was read ahead before a burst does not count.",
+            "A batch is windows, (B, T + 1), which ours leaves to the device to widen and to part into inputs and targets.",
             "Demand: 0.43 to 0.87 M tokens/s a GPU (computed: 911 MFLOP a token at 50 % and 100 % of 790 TFLOP/s).",
         ],
         partial(bars, rows=rows, label="name", panels=[("median_us", "us a batch"), ("ratio", "to sample by sample")]),
@@ -176,6 +183,8 @@ def readers_of(shard: "Shard", b: int, context: int, device: "torch.device", sta
         pinned = iter(DataLoader(**by_sample, pin_memory=True))
         yield Reader(f"{REFERENCE}, to the GPU", lambda: next(pinned).to(device, non_blocking=True))
     yield Reader(REFERENCE, partial(next, iter(DataLoader(**by_sample))))
+    pairs = DataLoader(**{**by_sample, "dataset": Windows(shard, context, pairs=True)})
+    yield Reader(f"{REFERENCE}, inputs and targets", partial(next, iter(pairs)))
     yield Reader(f"{REFERENCE}, 2 workers", partial(next, workers), ahead=4)
     batchwise = DataLoader(whole, batch_size=None, sampler=Cycle(len(whole)))
     yield Reader("DataLoader, whole batches", partial(next, iter(batchwise)))
