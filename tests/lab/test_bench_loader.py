@@ -34,9 +34,12 @@ def test_every_row_reads_the_windows_it_says(tmp_path: Path) -> None:
         for got, wanted in zip(read[name], naive, strict=True):
             if name == "memory map, one slice":
                 assert np.array_equal(got, np.unique(wanted)) and got.dtype == np.int32, name
+            elif name.endswith("inputs and targets"):
+                inputs, targets = got
+                assert np.array_equal(inputs, wanted[:, :-1]) and np.array_equal(targets, wanted[:, 1:]), name
             else:
                 assert np.array_equal(got.reshape(4, 11), wanted), name
-    assert len(read) == 8
+    assert len(read) == 9
 
 
 def test_a_run_writes_every_time_down_and_leaves_no_shard(
@@ -48,7 +51,7 @@ def test_a_run_writes_every_time_down_and_leaves_no_shard(
     words = "loader --device-batch-size 4 --context 16 --repeats 2 --warmup 0 --device cpu --out"
     main([*words.split(), str(tmp_path)])
     written = json.loads((tmp_path / "loader.json").read_text())
-    assert len(written["rows"]) == 8
+    assert len(written["rows"]) == 9
     reference = next(row for row in written["rows"] if row["name"] == bench_loader.REFERENCE)
     for row in written["rows"]:
         assert len(row["times_ms"]) == 2 and row["batch"] == 4 and row["context"] == 16
