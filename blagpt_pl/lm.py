@@ -21,17 +21,17 @@ from blagpt_pl.losses.next_token import IGNORE
 from blagpt_pl.losses.objective import measure, objective, untraceable
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, Head
-from blagpt_pl.nn.compiled import compiled
+from blagpt_pl.nn.compiled import check_backend, compiled
 from blagpt_pl.nn.flops import CannotCount, count_flops
 from blagpt_pl.nn.memory import MemoryPolicy
-from blagpt_pl.nn.roles import roles_of, splits_of
+from blagpt_pl.nn.roles import blocks_of, roles_of, splits_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
 from blagpt_pl.resume import between_steps, number_by_model, start_afresh
 from blagpt_pl.ruler import Ruler
 from blagpt_pl.sampling import sample
 from blagpt_pl.seeding import reseed
-from blagpt_pl.sharding import is_sharded, shard, without_sync
+from blagpt_pl.sharding import is_sharded, keep_gradients_local, shard, wants_local_gradients, without_sync
 from blagpt_pl.window import Window
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
@@ -71,9 +71,8 @@ class LanguageModel(L.LightningModule):
         whole_graph: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(compile, str) and compile not in torch._dynamo.list_backends(exclude_tags=()):
-            known = ", ".join(torch._dynamo.list_backends())
-            raise ValueError(f"model.compile: {compile!r} is no backend of torch.compile (expected one of {known})")
+        if isinstance(compile, str):
+            check_backend(compile)
         if whole_graph and compile is None:
             raise ValueError("model.whole_graph: no effect without model.compile; fix: model.compile: inductor")
         if memory is not None:
@@ -210,19 +209,30 @@ class LanguageModel(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip as the Trainer is told to, and keep the norm from before for the log; it is computed once."""
-        if not gradient_clip_val and not self.log_due(self.trainer.global_step + 1):
+        """Clip as the Trainer is told to, and keep the norm from before for the log; it is computed once.
+
+        Where gradients are local each rank clips its own by its own norm, and the log has the mean of these norms.
+        """
+        log_due = self.log_due(self.trainer.global_step + 1)
+        if not gradient_clip_val and not log_due:
             return
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if log_due and wants_local_gradients(optimizer):
+            self._grad_norm = self.trainer.strategy.reduce(norm.clone(), reduce_op="mean")
         if not gradient_clip_val:
             return
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._scaler is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm == "value":  # without a scaler, Lightning refuses fused optimizers for no reason
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         else:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+    @property
+    def _scaler(self) -> object | None:
+        """The loss scaler of float16."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Log the means since the last log, stamped with the number of optimizer steps taken."""
@@ -290,6 +300,8 @@ class LanguageModel(L.LightningModule):
     def on_train_start(self) -> None:
         """Begin the next step like any other, also after a resume."""
         start_afresh(self.trainer)
+        if self.trainer.world_size > 1 and wants_local_gradients(self.optimizers(use_pl_optimizer=False)):
+            keep_gradients_local(self.trainer.strategy.model, scaled=self._scaler is not None)
 
     # ------------------------------------------------------------------ wiring
 
@@ -343,7 +355,7 @@ class LanguageModel(L.LightningModule):
             ConfigError: it does not take them.
         """
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
-        groups = groups_by_role(named, self.parameter_roles(), splits_of(self))
+        groups = groups_by_role(named, self.parameter_roles(), splits_of(self), blocks_of(self))
         try:
             return self.optimizer_factory(groups)
         except (TypeError, ValueError) as error:

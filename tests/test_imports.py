@@ -23,7 +23,7 @@ ALLOWED = {
     "data": {"errors", "seeding"},
     "lm": TRAINING | BOTTOM,
     "models": {"lm", "nn", "losses", "errors", "sampling"},
-    "callbacks": {"lm", "nn"} | BOTTOM,
+    "callbacks": {"lm", "nn", "optim"} | BOTTOM,
     "lab": {"lm", "models", "callbacks", "data", "testing"} | TRAINING | BOTTOM,
 }
 ALLOWED["cli"] = ALLOWED["__main__"] = {*ALLOWED}

@@ -290,6 +290,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
                 "devices": 1,
                 "logger": False,
                 "enable_progress_bar": False,
+                "enable_checkpointing": False,
             }
             trainer = L.Trainer(callbacks=[Saving(), *([Lean()] if first else [])], max_steps=6, **flags)
             trainer.fit(Logging(), Counted())

@@ -30,6 +30,7 @@ from blagpt_pl.errors import Diverged
 from blagpt_pl.nn.attention.backends import kernels
 from blagpt_pl.nn.autocast import autocast_dtype
 from blagpt_pl.nn.base import count
+from blagpt_pl.optim.account import groups_told, state_bytes
 
 
 def code_version() -> str:
@@ -165,6 +166,13 @@ class Record(L.Callback):
             result |= {
                 "peak_vram_train_mib": _rounded(memory.train_mib),
                 "peak_vram_eval_mib": _rounded(memory.eval_mib),
+            }
+        if trainer.optimizers:
+            (optimizer,) = trainer.optimizers
+            result |= {
+                "optimizer": type(optimizer).__name__,
+                "optimizer_state_mib": _rounded(state_bytes(optimizer) / 2**20),
+                "groups": groups_told(optimizer),
             }
         return result | {
             "peak_ram_mib": _rounded(peak_ram_mib()),

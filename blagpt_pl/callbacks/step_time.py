@@ -6,7 +6,7 @@ and the first steps after a start or a resume (warm-up, compilation) are left ou
 
 The optimizer's part is measured likewise: from the moment at which the gradients are final, clipped where they are, to the end
 of its update. Lightning runs forward and backward inside `optimizer.step(closure)`, so a hook of the optimizer marks the
-closure's end.
+closure's end. An optimizer that exchanges by itself has `bytes_sent`, those of its last step, which are logged beside.
 """
 
 import statistics
@@ -66,6 +66,8 @@ def mark(device: torch.device) -> Any:
 
 class StepTime(L.Callback):
     """Logs perf/step_ms, perf/optimizer_ms, perf/tokens_per_s and, where device's peak and model's FLOPs are known, perf/mfu.
+
+    And perf/sent_mib, where the optimizer says what it sends.
 
     Args:
         warmup: steps left out after a start or a resume.
@@ -128,6 +130,8 @@ class StepTime(L.Callback):
             pl_module.report(self._scalars(statistics.median(window), trainer, pl_module))
         if window := self.updates.fresh():
             pl_module.report({"perf/optimizer_ms": statistics.median(window)})
+        if sent := [optimizer.bytes_sent for optimizer in trainer.optimizers if hasattr(optimizer, "bytes_sent")]:
+            pl_module.report({"perf/sent_mib": sum(sent) / 2**20})
 
     def _scalars(self, step_ms: float, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         rate = self.tokens_per_step / (step_ms / 1e3)

@@ -26,6 +26,8 @@ def summary(result: Mapping) -> str:
         pace = f"{result['step_ms']:,.1f} ms median, {result['step_ms_p90']:,.1f} ms p90, {result['tokens_per_s']:,.0f} tokens/s"
         pace += f", optimizer {result['optimizer_ms']:,.1f} ms" if "optimizer_ms" in result else ""
         rows.append(("step", pace))
+    if "optimizer" in result:
+        rows.append(("optimizer", f"{result['optimizer']}, {result['optimizer_state_mib']:,.1f} MiB of state"))
     if "first_step_s" in result:
         first = f"{result['first_step_s']:,.1f} s"
         if pieces := result.get("kernels_compiled", 0) + result.get("kernels_cached", 0):

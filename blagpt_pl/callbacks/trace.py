@@ -18,6 +18,8 @@ from blagpt_pl.errors import ConfigError
 class Trace(L.Callback):
     """Writes `trace.json.gz` into the run's folder (`trace-<rank>.json.gz` on other ranks than 0).
 
+    A run that is resumed traces its first steps, too, if they come later: into `trace-from-<step>.json.gz`.
+
     Args:
         first_step: optimizer steps before it; past compilation and warm-up.
         steps: how many are traced.
@@ -81,6 +83,8 @@ class Trace(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         rank = trainer.global_rank
         path = folder / (f"trace-{rank}.json.gz" if rank else "trace.json.gz")
+        if path.exists():  # of the run before it was resumed
+            path = path.with_name(path.name.replace("trace", f"trace-from-{self._begun}"))
         profile.export_chrome_trace(str(path))
         last = min(self._begun + self.steps - 1, trainer.global_step)
         print(f"steps {self._begun} to {last} traced: {path} (open it in https://ui.perfetto.dev)", flush=True)

@@ -97,14 +97,6 @@ def one_by_one(groups: list[dict], **values: float) -> Callable[[], None]:
     return step
 
 
-def state_bytes(optimizers: list) -> int:
-    """What some optimizers keep."""
-    from torch import Tensor
-
-    kept = [x for o in optimizers for state in o.state.values() for x in state.values() if isinstance(x, Tensor)]
-    return sum(x.numel() * x.element_size() for x in kept)
-
-
 def ops_of(step: Callable[[], object]) -> int:
     """What a step hands to the dispatcher."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +121,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
 
     import torch
 
+    from blagpt_pl.optim.account import state_bytes
     from blagpt_pl.optim.composite import Composite
     from blagpt_pl.optim.muon import Muon
 
@@ -153,7 +146,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
         step = made if kind is one_by_one else made.step
         step()  # makes the state
         n = sum(p.numel() for group in given for p in group["params"])
-        kept = state_bytes(made.optimizers if kind is one_by_one else [made])
+        kept = state_bytes(*(made.optimizers if kind is one_by_one else [made]))
         ops = None if "compiled" in name else ops_of(step)
         rows.append({"name": name, "parameters_m": n / 1e6, "ops": ops, "state_bytes": kept / n})
         steps.append(Case(name, step))

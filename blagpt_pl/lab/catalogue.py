@@ -126,10 +126,17 @@ def _only_raises(node: ast.FunctionDef) -> bool:
     return len(body) == 1 and isinstance(body[0], ast.Raise)
 
 
+def _asks(node: ast.FunctionDef) -> bool:
+    """Whether a method is there for somebody else to write."""
+    return _only_raises(node) and "NotImplementedError" in ast.unparse(node.body[-1])
+
+
 def _is_part(name: str, base: str, classes: dict[str, _Class]) -> bool:
     """Whether a class can be used: nothing abstract is left, and something is done that its kind leaves open."""
     line = _line_up(name, classes)
     if name.startswith("_") or base not in line or (name == base and base not in SELF):
+        return False
+    if any(map(_asks, classes[name].methods)):
         return False
     first: dict[str, ast.FunctionDef] = {}
     for one in line:

@@ -36,9 +36,10 @@ def main(argv: list[str]) -> None:
     from blagpt_pl.devices import device_named
     from blagpt_pl.errors import ConfigError
     from blagpt_pl.lab.account import Account
-    from blagpt_pl.lab.describe_table import as_json, beside, single
+    from blagpt_pl.lab.describe_table import as_json, beside, short, single
     from blagpt_pl.lab.model_of import layers_for
     from blagpt_pl.lab.quiet import quiet
+    from blagpt_pl.lab.schedule_plot import data, line, plot, rates_of
 
     quiet()
     if args.depth < 1:
@@ -47,10 +48,14 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"{twice[0]}: named twice")
     device = device_named(args.gpu, "--gpu")
     accounts = {name: Account(layers_for([*layers, *words]), device) for name, layers in named or [("", [])]}
+    rates = {name: rates_of(one) for name, one in accounts.items()}
     if args.json:
-        print(json.dumps([as_json(name, one, args.depth) for name, one in accounts.items()], indent=1))
+        found = [as_json(name, one, args.depth) | {"schedule": data(rates[name])} for name, one in accounts.items()]
+        print(json.dumps(found, indent=1))
     elif len(accounts) == 1:
-        for line in single(next(iter(accounts.values())), args.depth):
-            print(line, flush=True)
+        ((name, one),) = accounts.items()
+        for text in single(one, args.depth):
+            print(text, flush=True)
+        print("\n".join(plot(rates[name])))
     else:
-        print("\n".join(beside(accounts)))
+        print("\n".join([*beside(accounts), "", *(line(short(name), one) for name, one in rates.items())]))

@@ -28,7 +28,7 @@ def layers_for(argv: Iterable[str]) -> Layers:
     if layers.rest:
         raise ConfigError(f"{layers.rest[0]}: no such help here; fix: blagpt fit {layers.rest[0]}")
     if not layers.tree:
-        raise ConfigError("no configuration is named; fix: --config FILE, such as configs/blagpt.yaml")
+        raise ConfigError("no configuration is named; fix: name a file, such as --config configs/blagpt.yaml")
     if needs_base(layers.tree):
         raise ConfigError("model: no layer names its class; fix: name a complete --config first")
     with explained(layers):

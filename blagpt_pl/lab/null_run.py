@@ -189,7 +189,7 @@ def house_trainer(folder: Path, steps: int, device: torch.device, *more: L.Callb
         more: callbacks beside the house's.
         lean: whether `Lean` is among the callbacks.
     """
-    callbacks = [Checkpoint(), Samples(), StepTime(), *house_callbacks("null: true"), Progress(), *more]
+    callbacks = [*house_callbacks("null: true", Checkpoint(), Samples(), StepTime()), Progress(), *more]
     flags = _where(device)
     flags["plugins"].append(AtomicCheckpointIO())
     return L.Trainer(

@@ -32,6 +32,7 @@ from blagpt_pl.lab.timing import spread
 from blagpt_pl.lab.tiny import Scale, shrunk
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.base import count
+from blagpt_pl.optim.account import state_tensors
 
 GRAPHS = 256  # of one piece of code, for all configurations side by side; torch's limit is for one model
 
@@ -196,7 +197,7 @@ def training_step(
 def state_mib(module: nn.Module, optimizer: Optimizer) -> float:
     """MiB that stay between two steps: weights, buffers and the optimizer's state, without gradients."""
     kept = [*module.parameters(), *module.buffers()]
-    kept += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    kept += state_tensors(optimizer)
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values()) / MIB
 
 

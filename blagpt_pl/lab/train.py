@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ DEFAULTS = {
 PASSED_ON = ("print_config",)
 
 
-def house_callbacks(config: str) -> list[L.Callback]:
-    """What every fit has, beside the callbacks that have a section of the configuration, and the progress bar."""
-    return [PeakVRAM(), FirstStep(), GracefulStop(), NonFinite(), Record(config), Lean()]
+def house_callbacks(config: str, *sections: L.Callback) -> list[L.Callback]:
+    """What every fit has, and the callbacks that have a section of the configuration; all but the progress bar.
+
+    A run that has diverged stops before anybody else looks at its numbers, or samples from it.
+    """
+    return [NonFinite(), *sections, PeakVRAM(), FirstStep(), GracefulStop(), Record(config), Lean()]
 
 
 class BlagptCLI(LightningCLI):
@@ -135,7 +139,7 @@ class BlagptCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         if self.command == "fit":
-            callbacks = [*callbacks, *house_callbacks(self.config_text())]
+            callbacks = house_callbacks(self.config_text(), *callbacks)
         else:
             callbacks = []
             config["enable_checkpointing"] = False
@@ -143,8 +147,10 @@ class BlagptCLI(LightningCLI):
             callbacks.append(Progress())
         try:
             return super()._instantiate_trainer(config, callbacks)
-        except (MisconfigurationException, TypeError) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        except (MisconfigurationException, TypeError, ModuleNotFoundError) as error:
+            named = re.search(r"`(\w+)` (?:parameter|argument)", str(error))
+            at = f"trainer.{named[1]}" if named and named[1] in config else "trainer"
+            raise ConfigError(f"{at}: {' '.join(str(error).split())}") from error
 
     @staticmethod
     def _own_loggers(logger: Any) -> list[Any]:

@@ -192,17 +192,21 @@ class OutputLinear(nn.Linear, WritesStream):
 
 
 class StackedLinear(nn.Linear):
-    """Several linear maps of one input in one matrix, one below the other; optimizers of matrices take them apart.
+    """Linear maps of one input in one matrix, one below the other; optimizers of matrices take them apart.
 
     Args:
         d_in: width of the input.
         rows: width of each map's output.
         bias: whether they have one.
+        heads: for each map, how many of its rows are one head and act as one, as those of queries and keys do; 1 where
+            every row acts alone. All do by default.
     """
 
-    def __init__(self, d_in: int, rows: Sequence[int], bias: bool) -> None:
+    def __init__(self, d_in: int, rows: Sequence[int], bias: bool, heads: Sequence[int] | None = None) -> None:
         super().__init__(d_in, sum(rows), bias)
         self.rows = tuple(rows)
+        self.heads = (1,) * len(rows) if heads is None else tuple(heads)
+        assert len(self.heads) == len(rows) and all(n % k == 0 for n, k in zip(rows, self.heads, strict=True))
 
 
 NormFactory = Callable[[int], Norm]

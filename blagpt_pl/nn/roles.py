@@ -6,7 +6,9 @@ the head alone is a `head`; every other tensor of two or more dimensions is a `m
 
 from torch import nn
 
-from blagpt_pl.nn.base import StackedLinear
+from blagpt_pl.nn.base import Norm, StackedLinear
+
+NORMS = (Norm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # ours, and torch's for parts of others
 
 
 def roles_of(model: nn.Module, head: nn.Module) -> dict[str, str]:
@@ -29,3 +31,17 @@ def splits_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters that stack several maps, by name, with the rows of each map."""
     rows = {id(module.weight): module.rows for module in model.modules() if isinstance(module, StackedLinear)}
     return {name: rows[id(p)] for name, p in model.named_parameters() if id(p) in rows}
+
+
+def blocks_of(model: nn.Module) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The parameters whose rows do not all act alone, by name: runs along dimension 0, (rows, rows of one block) each.
+
+    The blocks of a projection to queries or keys are its heads (`StackedLinear`); the gain of a norm is one block.
+    """
+    blocks: dict[int, tuple[tuple[int, int], ...]] = {}
+    for module in model.modules():
+        if isinstance(module, StackedLinear) and max(module.heads) > 1:
+            blocks[id(module.weight)] = tuple(zip(module.rows, module.heads, strict=True))
+        elif isinstance(module, NORMS) and module._parameters.get("weight") is not None:
+            blocks[id(module.weight)] = ((len(module.weight), len(module.weight)),)
+    return {name: blocks[id(p)] for name, p in model.named_parameters() if id(p) in blocks}

@@ -25,6 +25,7 @@ class GroupOptimizer(Optimizer):
     """
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+        self._counts: dict[Tensor, int] = {}  # as in the state, known without a look at a tensor
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -64,12 +65,19 @@ class GroupOptimizer(Optimizer):
 
     def count(self, params: list[Tensor]) -> list[int]:
         """Add one to each parameter's count of steps; returns the counts, of which the first is 1."""
-        counts = []
         for p in params:
-            step = self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
-            step += 1
-            counts.append(int(step))
-        return counts
+            state = self.state[p]
+            if "step" not in state:
+                state["step"], self._counts[p] = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+            elif p not in self._counts:
+                self._counts[p] = int(state["step"])
+            state["step"] += 1
+            self._counts[p] += 1
+        return [self._counts[p] for p in params]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._counts.clear()
 
     def zeros(self, params: list[Tensor], name: str) -> list[Tensor]:
         """This rank's part of each parameter's buffer of that name, zero before the first step; written in place."""

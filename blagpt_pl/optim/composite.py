@@ -68,6 +68,11 @@ class Composite(Optimizer):
                     f"Composite.{name}: {type(member).__name__} makes {len(member.param_groups)} groups of {len(given)} "
                     "(expected an optimizer that keeps them as they are)"
                 )
+            if getattr(member, "local_gradients", False):
+                raise ValueError(
+                    f"Composite.{name}: {type(member).__name__} wants each rank's own gradients, and its neighbour those of "
+                    f"all ranks (expected two that want the same); fix: class_path: {type(member).__name__} for all parameters"
+                )
             self.members[name] = member
         self._names: list[str] = []  # of the member that has each group
         super().__init__([group for group, _ in self._own(names)], {})

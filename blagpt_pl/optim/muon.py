@@ -10,15 +10,15 @@ Differs  the momentum is a mean, not a sum: orthogonalisation does not see the f
 Cost     one number a parameter of state; `newton_schulz` of every matrix once a step, over all ranks together
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from math import sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from blagpt_pl.optim.base import Check, GroupOptimizer, not_negative
 from blagpt_pl.optim.orthogonal import orthogonal, orthogonalise_
 from blagpt_pl.optim.placed import here, mine, ranks_of, whole
 
@@ -41,7 +41,7 @@ def descend(weights: list[Tensor], updates: list[Tensor], rate: float | Tensor, 
     torch._foreach_sub_(weights, torch._foreach_mul(updates, rate))
 
 
-class Muon(Optimizer):
+class Muon(GroupOptimizer):
     """Momentum, orthogonalised. For matrices alone: embeddings, heads and vectors belong to another (`Composite`).
 
     Args:
@@ -69,16 +69,10 @@ class Muon(Optimizer):
         steps: int = 5,
         compile: str | None = None,
     ) -> None:
-        ranges = {
-            "lr": (lr, lr >= 0, "0 or more"),
-            "momentum": (momentum, 0 <= momentum < 1, "a number in [0, 1)"),
-            "weight_decay": (weight_decay, weight_decay >= 0, "0 or more"),
-            "scale": (scale, scale in SCALES, "shape or rms"),
-            "steps": (steps, steps >= 1, "1 or more"),
-        }
-        for name, (value, fits, expected) in ranges.items():
-            if not fits:
-                raise ValueError(f"Muon.{name}: {value} (expected {expected})")
+        if scale not in SCALES:
+            raise ValueError(f"Muon.scale: {scale} (expected {' or '.join(SCALES)})")
+        if steps < 1:
+            raise ValueError(f"Muon.steps: {steps} (expected 1 or more)")
         if nesterov and momentum == 0:
             raise ValueError("Muon.nesterov: has no effect without momentum; fix: nesterov: false, or momentum: 0.95")
         self.nesterov, self.scale, self.steps = nesterov, SCALES[scale], steps
@@ -109,21 +103,16 @@ class Muon(Optimizer):
                 raise ValueError(f"Muon: splits {rows} of a matrix of {p.shape[0]} rows (expected as many in all)")
             self._splits[p] = tuple(rows)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-        return loss
+    def ranges(self, group: Mapping[str, Any]) -> dict[str, Check]:
+        momentum = group["momentum"]
+        return {
+            "lr": not_negative(group["lr"]),
+            "momentum": (momentum, 0 <= momentum < 1, "a number in [0, 1)"),
+            "weight_decay": not_negative(group["weight_decay"]),
+        }
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        momenta = [here(self._momentum(p)) for p in params]
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        momenta = self.zeros(params, "momentum_buffer")
         updates = self._directions([here(p.grad) for p in params], momenta, group["momentum"], self.nesterov)
         updates = [whole(u, like=p) for u, p in zip(updates, params, strict=True)]
         self.orthogonalise_(params, updates)
@@ -138,15 +127,6 @@ class Muon(Optimizer):
         maps = list(chain.from_iterable(u.split(self._splits[p]) for p, u in zip(params, updates, strict=True)))
         orthogonalise_(maps, self.steps, ranks_of(params[0]), self._orthogonal)
         torch._foreach_mul_(maps, [self.scale(*m.shape) for m in maps])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
 
 
 def like(x: float, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ An optimizer that must see whole matrices makes its elementwise sums on what thi
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 
 def here(x: Tensor) -> Tensor:
@@ -28,6 +28,14 @@ def mine(x: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def summed(parts: Tensor, like: Tensor) -> Tensor:
+    """(n,): sums over this rank's parts of n tensors that are placed like a parameter -> over the whole; waits for nothing."""
+    if not isinstance(like, DTensor):
+        return parts
+    partial = [Partial() if placement.is_shard() else Replicate() for placement in like.placements]
+    return DTensor.from_local(parts, like.device_mesh, partial).full_tensor()
 
 
 def ranks_of(p: Tensor) -> ProcessGroup | None:

@@ -2,20 +2,29 @@
 
 Roles: `embedding` (a table looked up by token or position), `head` (a map onto the vocabulary of its own), `matrix` (any
 other tensor of two or more dimensions), `vector` (gains, biases, scalars). Weight decay acts on matrices unless a group
-says otherwise. Matrices that stack several maps, such as q, k and v, say so under the key `splits`.
+says otherwise. Matrices that stack several maps, such as q, k and v, say so under the key `splits`; every group says under
+`blocks` which rows of its parameters act as one: the rows of a head, a whole gain.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
 from torch.nn import Parameter
 
 ROLES = ("matrix", "embedding", "head", "vector")
+Blocks = tuple[tuple[int, int], ...]  # runs along dimension 0: rows, and how many of them are one block
+
+
+def rows_apart(p: Tensor) -> Blocks:
+    """Every row of a tensor a block of its own: every number of a vector, every slice along dimension 0 of more."""
+    return ((p.shape[0] if p.ndim else 1, 1),)
 
 
 def groups_by_role(
     named: Iterable[tuple[str, Parameter]],
     roles: Mapping[str, str],
     splits: Mapping[str, Sequence[int]] | None = None,
+    blocks: Mapping[str, Blocks] | None = None,
 ) -> list[dict]:
     """One parameter group for each role present, in the order of `ROLES`.
 
@@ -23,13 +32,15 @@ def groups_by_role(
         named: every distinct parameter with its name.
         roles: the role of each name.
         splits: of matrices that stack several maps, the rows of each map.
+        blocks: of parameters whose rows do not all act alone, the runs of their rows.
 
     Returns:
         torch parameter groups with `params`, `role` and, on all but matrices, `weight_decay: 0`. Beside matrices, `splits`:
-        for each one in the order of `params`, the rows of its maps, which are all of its rows where it is one map.
+        for each one in the order of `params`, the rows of its maps, which are all of its rows where it is one map. In
+        every group `blocks`: for each parameter its runs (rows, rows of one block), one run of single rows by default.
 
     Raises:
-        ValueError: a trainable parameter without a role, a role without a parameter, or an unknown role.
+        ValueError: a trainable parameter without a role, a role or blocks without a parameter, or an unknown role.
     """
     named = dict(named)
     trainable = {name: p for name, p in named.items() if p.requires_grad}
@@ -41,6 +52,8 @@ def groups_by_role(
         raise ValueError(
             f"parameter_roles: {idle[0]} (and {len(idle) - 1} more) is no parameter; a role must match one"
         )
+    if idle := sorted((blocks or {}).keys() - named.keys()):
+        raise ValueError(f"blocks: {idle[0]} (and {len(idle) - 1} more) is no parameter; blocks must belong to one")
     if unknown := sorted(set(roles.values()) - set(ROLES)):
         raise ValueError(f"parameter_roles: unknown role {unknown[0]!r} (expected one of {', '.join(ROLES)})")
     groups = []
@@ -49,5 +62,6 @@ def groups_by_role(
         rows = [tuple((splits or {}).get(name, p.shape[:1])) for name, p in members.items()]
         if members:
             own = {"splits": rows} if role == "matrix" else {"weight_decay": 0.0}
+            own["blocks"] = [(blocks or {}).get(name, rows_apart(p)) for name, p in members.items()]
             groups.append({"params": list(members.values()), "role": role, **own})
     return groups

@@ -13,7 +13,7 @@ from torch import nn
 
 from blagpt_pl.devices import device_named
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab import describe
+from blagpt_pl.lab import describe, schedule_plot
 from blagpt_pl.lab.account import Account, ranks_of
 from blagpt_pl.lab.describe_table import beside, difference, shown, single
 from blagpt_pl.lab.leading_files import leading_files
@@ -219,6 +219,8 @@ def test_two_beside_each_other(capsys: pytest.CaptureFixture) -> None:
     assert total.split() == ["total", "820,736", "853,632", "+32,896", "+4.0%"]
     steps = next(line for line in lines if line.startswith("  steps"))
     assert steps.split() == ["steps", "400", "400", "="]
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["quickstart", "quickstart+untied"]
+    assert all(": learning rate 0.005, Trapezoid (" in line for line in lines[-2:])
 
 
 def test_three_have_no_difference(quickstart: Account) -> None:
@@ -232,11 +234,58 @@ def test_as_json(capsys: pytest.CaptureFixture) -> None:
     (found,) = json.loads(capsys.readouterr().out)
     assert found["facts"]["parameters"]["total"]["value"] == 820_736
     assert [row["path"] for row in found["modules"]] == ["embedding", "blocks.*", "norm", "head"]
+    assert found["schedule"]["class"] == "Trapezoid" and len(found["schedule"]["factors"]) == 61
     assert found["uncounted"] == {} and found["flops_are_of_tokens"] == 256
     assert (
         sum(r["forward"] + r["backward"] for r in found["modules"])
         == 256 * found["facts"]["FLOPs a token"]["total"]["value"]
     )
+
+
+def test_the_schedule_is_a_picture(capsys: pytest.CaptureFixture) -> None:
+    muon = ["--config", str(CONFIGS / "optim" / "muon.yaml")]
+    lengths = ["--model.schedule.warmup", "0.5", "--model.schedule.warmdown", "100"]
+    describe.main(["--config", QUICKSTART, *muon, *lengths, "--depth", "1", "--gpu", "4090"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("learning rate, Trapezoid (warmup 0.5 = 200 steps, warmdown 100)")
+    top, *others, low, axis, steps, peaks = lines[at + 1 :]
+    assert top.split("|")[0].strip() == "peak" and axis.split("+")[0].strip() == "0" and len(others) == 4
+    bars = low.split("|")[1]
+    assert "█" not in bars[:3] and set(bars[12:50]) == {"█"} and len(bars) == 60
+    assert top.split("|")[1].startswith(" " * 24) and "█" * 14 in top
+    assert steps.split() == ["step", "0", "step", "399"]
+    assert peaks.split(maxsplit=1) == ["peak", "matrix 0.02; embedding, vector 0.001"]
+
+
+def test_the_schedule_as_data_and_in_a_line(quickstart: Account) -> None:
+    rates = schedule_plot.rates_of(quickstart)
+    found = schedule_plot.data(rates)
+    assert (found["class"], found["options"], found["total_steps"]) == (
+        "Trapezoid",
+        {"warmup": 20, "warmdown": 160},
+        400,
+    )
+    assert found["peaks"] == [{"role": role, "lr": 0.005} for role in ("matrix", "embedding", "vector")]
+    assert (len(found["steps"]), found["steps"][0], found["steps"][-1]) == (61, 0, 399)
+    assert found["factors"] == [quickstart.model.schedule_factory(400).factor(step) for step in found["steps"]]
+    assert schedule_plot.line("a", rates).startswith("a: learning rate 0.005, Trapezoid (warmup 20, warmdown 160)  ▁█")
+
+
+def test_the_schedule_of_a_run_without_an_end_is_not_known() -> None:
+    rates = schedule_plot.rates_of(account("--config", QUICKSTART, "--trainer.max_steps", "-1"))
+    assert schedule_plot.plot(rates)[-1].split()[:2] == ["schedule", "-"]
+    assert schedule_plot.line("a", rates).endswith("-") and schedule_plot.data(rates)["factors"] == []
+
+
+def test_a_schedule_that_does_not_fit_is_told_with_its_place() -> None:
+    of = account("--config", QUICKSTART, "--trainer.max_steps", "100")
+    with pytest.raises(ConfigError, match=r"warmup=20 and warmdown=160 do not fit .*quickstart\.yaml:\d+\)$"):
+        schedule_plot.rates_of(of)
+
+
+def test_bars() -> None:
+    assert schedule_plot.picture([0, 1e-9, 0.25, 0.5, 1], 2) == ["    █", " ▁▄██"]
+    assert schedule_plot.picture([1, 2], 1) == ["▄█"], "a factor above 1 is not cut"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The overlays of optimizers: what they build over the baseline, and that a bare name means the house's own class."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_adamw_decays_the_matrices() -> None:
     assert decay == {"matrix": 0.1, "embedding": 0.0, "vector": 0.0}
 
 
-def test_every_overlay_has_a_line_in_the_readme() -> None:
-    text = (ROOT / "docs/optim/README.md").read_text()
-    assert [p.stem for p in OVERLAYS if f"`configs/optim/{p.name}`" not in text] == []
+def test_every_overlay_has_a_line_in_the_table() -> None:
+    text = (ROOT / "docs/optimizers.md").read_text()
+    assert [p.stem for p in OVERLAYS if f"(optim/{p.stem}.md)" not in text] == []
+
+
+def test_the_table_is_what_the_code_says() -> None:
+    """Generated anew, it is the one in docs/optimizers.md; if not: python docs/optim/table.py."""
+    page = (ROOT / "docs/optimizers.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs/optim/table.py"))["written"](page) == page

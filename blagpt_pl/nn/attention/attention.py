@@ -110,7 +110,8 @@ class Attention(HeadPipeline):
     ) -> None:
         heads = heads_of(site, n_heads, n_kv_heads, head_dim)
         super().__init__(heads, core, edits)
-        self.qkv = StackedLinear(site.d_model, [n * heads.dim for n in (heads.n, heads.n_kv, heads.n_kv)], qkv_bias)
+        rows = [n * heads.dim for n in (heads.n, heads.n_kv, heads.n_kv)]
+        self.qkv = StackedLinear(site.d_model, rows, qkv_bias, heads=[heads.dim, heads.dim, 1])
         self.out = OutputLinear(heads.n * heads.dim, site.d_model, out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

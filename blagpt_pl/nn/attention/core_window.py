@@ -76,7 +76,9 @@ class Windowed(Core):
             raise ValueError(f"{where} (expected 2 or more: itself and one before it)")
         if window >= context:
             other = "SDPA" if cap is None else f"SoftCapped with a cap of {cap}"
-            raise ValueError(f"{where} leaves nothing out of {context} tokens (expected less, or {other} as the core)")
+            raise ValueError(
+                f"{where} leaves nothing out of {context} tokens (expected less); fix: a shorter window, or {other} as the core"
+            )
         self.heads = heads
         self.window = window
         self.cap = None if cap is None else a_cap("Windowed.cap", cap)

@@ -75,10 +75,11 @@ class LatentAttention(HeadPipeline):
         self.theta = positive("LatentAttention.theta", theta, "10000.0")
         d, width = site.d_model, n_heads * self.heads.dim  # D, H K
         if q_rank is None:
-            self.q = nn.Linear(d, width, bias=False)
+            self.q = StackedLinear(d, [width], bias=False, heads=[self.heads.dim])
         else:
             q_norm = built("attention.norm", norm, q_rank)
-            self.q = nn.Sequential(nn.Linear(d, q_rank, bias=False), q_norm, nn.Linear(q_rank, width, bias=False))
+            q_up = StackedLinear(q_rank, [width], bias=False, heads=[self.heads.dim])
+            self.q = nn.Sequential(nn.Linear(d, q_rank, bias=False), q_norm, q_up)
         self.kv_down = StackedLinear(d, self.latent, bias=False)
         self.kv_norm = built("attention.norm", norm, kv_rank)
         self.kv_up = nn.Linear(kv_rank, n_heads * (nope_dim + v_dim), bias=False)

@@ -56,9 +56,9 @@ class LowRankAttention(HeadPipeline):
             raise ValueError(f"layer {site.layer}: rank={rank} (expected 1 or more)")
         heads = heads_of(site, n_heads, n_kv_heads, head_dim)
         super().__init__(heads, core, edits)
-        self.q = nn.Linear(site.d_model, heads.n * heads.dim, qkv_bias)
+        self.q = StackedLinear(site.d_model, [heads.n * heads.dim], qkv_bias, heads=[heads.dim])
         self.kv_down = nn.Linear(site.d_model, rank, bias=False)
-        self.kv_up = StackedLinear(rank, [heads.n_kv * heads.dim] * 2, qkv_bias)
+        self.kv_up = StackedLinear(rank, [heads.n_kv * heads.dim] * 2, qkv_bias, heads=[heads.dim, 1])
         self.out = OutputLinear(heads.n * heads.dim, site.d_model, out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
