@@ -71,6 +71,11 @@ def test_the_result_stands_on_disk_and_agrees_with_the_events(trained: Path) -> 
     assert result["best_val_loss"] == pytest.approx(min(v for _, v in found["val/loss"]), rel=1e-5)
     for name in ("hardware", "code", "versions", "config_sha256", "seed", "step_ms", "peak_ram_mib", "val_unigram_bpb"):
         assert result[name], name
+    assert result["optimizer"] == "AdamW"
+    assert result["optimizer_state_mib"] == pytest.approx(8 * result["parameters"] / 2**20, rel=0.01)
+    assert sum(group["parameters"] for group in result["groups"]) == result["parameters"]
+    rates = {group["role"]: (group["lr"], group["weight_decay"]) for group in result["groups"]}
+    assert rates == {"matrix": (3e-3, 0.01), "embedding": (3e-3, 0.0), "vector": (3e-3, 0.0)}
     assert len(result["data"]["fingerprint"]) == 64
     ledger = (trained.parents[1] / "results.jsonl").read_text().splitlines()
     assert json.loads(ledger[-1]) == result
