@@ -250,6 +250,34 @@ def test_also_with_scaled_gradients(tmp_path: Path) -> None:
     assert ours == theirs
 
 
+class Looking(Batches):
+    """Batches that write down which hook a module seems to be in whenever one is asked for."""
+
+    def __init__(self, module: L.LightningModule, names: list) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in super().__iter__():
+            self.names.append(self.module._current_fx_name)
+            yield batch
+
+
+def test_between_hooks_nobody_is_named() -> None:
+    """`self.log` outside of a hook is an error of Lightning's; so no hook may leave its name behind."""
+    seen: dict[bool, list] = {}
+    for lean in (True, False):
+        module, seen[lean] = Stepping(), []
+        off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        with null_run.silence():
+            callbacks = [Beside(), *([Lean()] if lean else [])]
+            trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=callbacks, **off)
+            trainer.fit(module, Looking(module, seen[lean]))
+    assert len(seen[True]) == 8
+    assert seen[True] == seen[False]
+    assert "on_train_batch_end" not in seen[True]
+
+
 def test_the_comparison_sees_a_step_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(self: LeanStep, progress: Any) -> None:
         self.loop._results.batch = None
