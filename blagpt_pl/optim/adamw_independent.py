@@ -80,5 +80,7 @@ class AdamWIndependent(GroupOptimizer):
 
     def steps_of(self, p: Tensor, fused: bool) -> Tensor:
         """The count of a parameter's steps, to which torch adds one: on the host, or where a fused kernel reads it."""
-        place = here(p).device if fused else None
-        return self.state[p].setdefault("step", torch.tensor(0.0, dtype=torch.float32, device=place))
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=here(p).device if fused else "cpu")
+        return state["step"]

@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 from blagpt_pl.optim.placed import here
 
 Check = tuple[Any, bool, str]  # a value, whether it fits, what was expected
+NOT_ITS_OWN = {  # of a group: what a model says, and what schedulers write
+    "params", "param_names", "role", "splits", "blocks", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum",
+}  # fmt: skip
 
 
 class GroupOptimizer(Optimizer):
@@ -76,21 +79,56 @@ class GroupOptimizer(Optimizer):
         return [self._counts[p] for p in params]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state of the same optimizer over the same groups.
+
+        Raises:
+            ValueError: its groups have other values, or another role; torch would let them replace those of this one.
+        """
+        for i, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            if odd := sorted((own.keys() ^ saved.keys()) - NOT_ITS_OWN):
+                has = "has" if odd[0] in saved else "lacks"
+                raise ValueError(
+                    f"{type(self).__name__}: the saved state is another optimizer's, its group {i} {has} {odd[0]} (expected "
+                    f"{', '.join(sorted(own.keys() - NOT_ITS_OWN))}); fix: the optimizer that saved it, or a new run"
+                )
+            if own.get("role", saved.get("role")) != saved.get("role", own.get("role")):
+                raise ValueError(
+                    f"{type(self).__name__}: group {i} of the saved state has role {saved.get('role')} (expected "
+                    f"role {own.get('role')})"
+                )
         super().load_state_dict(state_dict)
         self._counts.clear()
+        keys = (key for group in state_dict["param_groups"] for key in group["params"])
+        for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.clone().to(p.device)  # torch has given it the precision of the weights
 
-    def zeros(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """This rank's part of each parameter's buffer of that name, zero before the first step; written in place."""
+    def zeros(self, params: list[Tensor], name: str, precise: bool = False) -> list[Tensor]:
+        """This rank's part of each parameter's buffer of that name, zero before the first step; written in place.
+
+        Args:
+            params: the parameters.
+            name: of the buffer.
+            precise: float32 at least, where a mean is so slow that bfloat16 would round its decay away.
+        """
         buffers = []
         for p in params:
             state = self.state[p]
             if name not in state:
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                dtype = torch.promote_types(p.dtype, torch.float32) if precise else p.dtype
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             buffers.append(here(state[name]))
         return buffers
 
+    @staticmethod
+    def precise_gradients(params: list[Tensor]) -> list[Tensor]:
+        """This rank's part of each gradient, in float32 at least; not to be written to."""
+        return [here(p.grad).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        """All but a `step` that a scheduler has wrapped: it is bound to this one, and a copy would move this one's weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
 
 def decay_(weights: list[Tensor], amount: float) -> None:

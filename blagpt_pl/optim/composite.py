@@ -147,4 +147,5 @@ class Composite(Optimizer):
         self.param_groups = [group for group, _ in self._own(self._names)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        """All but a `step` that a scheduler has wrapped: it is bound to this one, and a copy would move this one's weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}

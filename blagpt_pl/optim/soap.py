@@ -210,15 +210,6 @@ class SOAP(GroupOptimizer):
             steps = [tuple(None if b is None else turns[id(b)] for b in sides) for sides in self.sides(p, "basis")]
             mean.copy_(self.part(p, map(turned, self.maps(p, whole(mean, like=p)), steps)))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state; the preconditioners keep their precision, where torch would give them that of the weights."""
-        super().load_state_dict(state_dict)
-        keys = (key for group in state_dict["param_groups"] for key in group["params"])
-        for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name.startswith(("moments", "basis")):
-                    self.state[p][name] = value.clone().to(p.device)
-
     # ------------------------------------------------------------------ maps and what is kept of them
 
     def maps(self, p: Tensor, x: Tensor) -> tuple[Tensor, ...]:

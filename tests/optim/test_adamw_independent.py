@@ -12,6 +12,7 @@ from quadratic import STEPS, gap, gradients, parameters, trajectory
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import Parameter
+from torch.optim.lr_scheduler import LambdaLR
 
 from blagpt_pl.optim.adamw_independent import AdamWIndependent
 from blagpt_pl.optim.composite import Composite
@@ -153,3 +154,29 @@ def test_it_learns(fused: bool) -> None:
 def test_values_out_of_range(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdamWIndependent(parameters(), **values)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_after_the_first_makes_no_tensor_of_a_number(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device each one would be a copy from the host, for which the step waits."""
+    params = parameters(torch.float32)
+    optimizer = FACTORY(params, fused=fused)
+    for p, grad in zip(params, gradients(params, 0), strict=True):
+        p.grad = grad
+    optimizer.step()
+    monkeypatch.setattr(torch, "tensor", None)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2, 2]
+
+
+def test_the_factor_is_that_of_a_groups_own_peak() -> None:
+    """0.5 of each group's learning rate is half of the decay, whatever that rate is."""
+    params = [Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = AdamWIndependent(
+        [{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5}], lr=0.01, weight_decay=0.2
+    )
+    LambdaLR(optimizer, lambda step: 0.5)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(p.tolist() == pytest.approx([0.9] * 3, rel=1e-12) for p in params)

@@ -192,3 +192,16 @@ def test_clipping_sees_all_gradients() -> None:
     assert {id(p) for p in params} == {id(p) for p in model.parameters()}
     nn.utils.clip_grad_norm_(params, 1e-3)
     assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) <= 1.001e-3
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    """Also where a scheduler has wrapped the original's `step`."""
+    model, optimizer = pair()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    learn(model, optimizer, 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    before = [p.detach().clone() for p in model.parameters()]
+    learn(twin_model, twin, 2, seed=2)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    learn(model, optimizer, 2, seed=2)
+    assert alike(model, twin_model) and not torch.equal(before[0], next(model.parameters()))

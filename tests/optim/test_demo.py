@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.optim import demo
+from blagpt_pl.optim import demo, residuals
 from blagpt_pl.optim.composite import Composite
 from blagpt_pl.optim.dct import chunk_of, dct, from_tiles, inverse_dct, to_tiles
-from blagpt_pl.optim.demo import Bundle, DeMo, gather_all, mean_of
+from blagpt_pl.optim.demo import Bundle, DeMo, gather_all, index_type, mean_of
 from blagpt_pl.optim.muon import Muon
 
 SHAPES = ((12, 8), (8,), (6, 35), (5, 3, 4), (), (12, 8))
@@ -225,3 +225,22 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_every_place_of_a_tile_has_an_index() -> None:
+    for tile in ((64, 64), (128, 256), (1, 2**15), (256, 256), (1, 2**15 + 1)):
+        last = torch.tensor(tile[0] * tile[1] - 1)
+        assert last.to(index_type(tile)) == last
+    assert (index_type((128, 256)), index_type((256, 256))) == (torch.int16, torch.int32)
+
+
+def test_a_tensor_larger_than_a_piece_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(piece: Tensor, pieces: list[Tensor], dst: int) -> None:
+        for rank, received in enumerate(pieces):
+            received.copy_(piece + 100 * rank)
+
+    monkeypatch.setattr(residuals, "place", lambda: (0, 3))
+    monkeypatch.setattr(residuals, "PIECE", 5)
+    monkeypatch.setattr(residuals.dist, "gather", gather)
+    x = torch.randn(4, 3)
+    assert torch.equal(residuals.gathered(x), torch.stack([x, x + 100, x + 200]))

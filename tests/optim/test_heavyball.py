@@ -192,3 +192,30 @@ def test_imported_before_it_is_adapted_at_once() -> None:
     before = heavyball.AdamW.__init__
     blagpt_pl.optim.heavy.wait()  # once more, which changes nothing
     assert heavyball.AdamW.__init__ is before
+
+
+def test_imported_before_this_house_it_is_adapted() -> None:
+    code = (
+        "import heavyball; assert not hasattr(heavyball, 'PaLMForeachSOAP');"
+        "import blagpt_pl.optim.heavy; assert heavyball.utils.compile_mode is None and heavyball.PaLMForeachSOAP"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("role", ["embedding", "head"])
+def test_no_table_reaches_one_of_matrices(role: str) -> None:
+    with pytest.raises(ValueError, match=f"found parameters of role {role}"):
+        heavyball.SOAP([{"params": [Parameter(torch.ones(4, 3))], "role": role}])
+
+
+def test_a_state_whose_numbers_have_become_words_comes_back() -> None:
+    """As torch's sharded checkpoints make them."""
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    one, other = heavyball.AdamW(params), heavyball.AdamW(others)
+    for p, g in zip(params, gradients(params, 0), strict=True):
+        p.grad = g
+    one.step()
+    saved = one.state_dict()
+    words = {key: {str(n): view for n, view in views.items()} for key, views in saved["state"].items()}
+    other.load_state_dict({**saved, "state": words})
+    assert [other.state[p].keys() for p in others] == [one.state[p].keys() for p in params]

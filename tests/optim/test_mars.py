@@ -245,3 +245,9 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1.0
+
+
+def test_vectors_can_stand_still() -> None:
+    """0 is a learning rate, and not the lack of one."""
+    groups = MARS(by_role(parameters()), lr=0.05, vector_lr=0.0).param_groups
+    assert [group["lr"] for group in groups] == [0.05, 0.0]

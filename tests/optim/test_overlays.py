@@ -86,7 +86,7 @@ def test_it_learns_real_text_from_a_zero_start(name: str) -> None:
         after = float(training.lm.objective(data[0][:, :-1], data[0][:, 1:])[0])
     assert all(map(math.isfinite, training.losses))
     assert training.losses[0] == pytest.approx(math.log(256), abs=0.2)
-    assert after < training.losses[0] - 0.3, f"{training.losses[0]:.3f} -> {after:.3f}"
+    assert after < training.losses[0] - 0.15, f"{training.losses[0]:.3f} -> {after:.3f}"
     assert max(training.losses) < training.losses[0] + 0.5
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in training.lm.parameters())
 
@@ -203,5 +203,5 @@ def test_the_limits_see_a_learning_rate_that_is_wrong() -> None:
             training = Training(lm)
             for tokens in batches(30):
                 training.step(tokens)
-            assert training.losses[-1] < training.losses[0] - 0.3
+            assert training.losses[-1] < training.losses[0] - 0.15
             assert max(training.losses) < training.losses[0] + 0.5

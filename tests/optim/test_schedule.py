@@ -257,3 +257,8 @@ def test_a_schedule_resumes_where_it_stood() -> None:
         return seen
 
     assert rates(None) == rates(2) == rates(6)
+
+
+def test_two_halves_of_an_odd_run_keep_the_warmup() -> None:
+    schedule = Trapezoid(7, 0.5, 0.5)
+    assert (schedule.warmup, schedule.warmdown) == (4, 3)
