@@ -9,6 +9,7 @@ from math import pi, sqrt
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @cache
@@ -18,6 +19,12 @@ def dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix = sqrt(2 / n) * torch.cos(pi * (2 * at + 1) * k / (2 * n))
     matrix[0] = sqrt(1 / n)
     return matrix.to(device, dtype)
+
+
+def matrices(tiles: Tensor) -> list[Tensor]:
+    """C_a and C_b for tiles (n, a, b), kept for the next ones; not those that belong to tensors without data."""
+    make = dct_matrix.__wrapped__ if isinstance(tiles, FakeTensor) else dct_matrix
+    return [make(size, tiles.dtype, tiles.device) for size in tiles.shape[1:]]
 
 
 def chunk_of(n: int, most: int) -> int:
@@ -44,11 +51,11 @@ def from_tiles(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 def dct(tiles: Tensor) -> Tensor:
     """(n, a, b) -> (n, a, b): the coefficients of each tile."""
-    a, b = (dct_matrix(size, tiles.dtype, tiles.device) for size in tiles.shape[1:])
+    a, b = matrices(tiles)
     return a @ tiles @ b.mT
 
 
 def inverse_dct(coefficients: Tensor) -> Tensor:
     """(n, a, b) -> (n, a, b): the tiles that have these coefficients."""
-    a, b = (dct_matrix(size, coefficients.dtype, coefficients.device) for size in coefficients.shape[1:])
+    a, b = matrices(coefficients)
     return a.mT @ coefficients @ b

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def test_every_row_reads_the_windows_it_says(tmp_path: Path) -> None:
             r.name: [r.read() for _ in range(3)]
             for r in bench_loader.readers_of(shard, 4, 10, torch.device("cpu"), stack)
         }
-    assert threading.active_count() == threads
+    patience = time.monotonic() + 10  # a queue's thread may take a moment to end
+    while threading.active_count() > threads and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
     naive = [np.stack([tokens[10 * w : 10 * w + 11] for w in range(4 * step, 4 * step + 4)]) for step in range(3)]
     shuffled = [batches for name, batches in read.items() if "shuffled" in name]
     assert all(torch.equal(a, b) for a, b in zip(*shuffled, strict=True))

@@ -120,7 +120,7 @@ def test_mistakes_are_told(words: list[str], message: str) -> None:
 
 
 def test_without_a_configuration_it_says_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="no configuration is named; fix: --config FILE"):
+    with pytest.raises(ConfigError, match="no configuration is named; fix: name a file"):
         check.main([])
     with pytest.raises(ConfigError, match="name a complete --config first"):
         check.main([str(CONFIGS / "techniques" / "untied.yaml")])

@@ -86,7 +86,7 @@ def test_it_is_refused_as_by_fit(text: str, begins: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("argv", "begins"),
     [
-        ([], "no configuration is named; fix: --config FILE, such as configs/blagpt.yaml"),
+        ([], "no configuration is named; fix: name a file, such as --config configs/blagpt.yaml"),
         (["--model.block.mlp.ratio", "3"], "model: no layer names its class; fix: name a complete --config first"),
         (["--model", "BlaGPT"], "model.vocab_size: has no value, and BlaGPT needs one"),
         ([*QUICKSTART, "--foo", "3"], "foo: no such field; fields: model, "),

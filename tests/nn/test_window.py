@@ -211,9 +211,13 @@ def test_flops_count_the_pairs(length: int) -> None:
         (
             32,
             None,
-            r"layer 0: Windowed\.window: 32 leaves nothing out of 32 tokens \(expected less, or SDPA as the core",
+            r"layer 0: Windowed\.window: 32 leaves nothing out of 32 tokens \(expected less\); fix: a shorter window, or SDPA as the core",
         ),
-        (99, 5.0, r"99 leaves nothing out of 32 tokens \(expected less, or SoftCapped with a cap of 5.0"),
+        (
+            99,
+            5.0,
+            r"99 leaves nothing out of 32 tokens \(expected less\); fix: a shorter window, or SoftCapped with a cap of 5.0",
+        ),
         (1, None, r"Windowed\.window: 1 \(expected 2 or more"),
         (0, None, "expected 2 or more"),
         (-3, None, "expected 2 or more"),

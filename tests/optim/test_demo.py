@@ -10,12 +10,13 @@ from helpers import batch, tiny
 from naive_demo import demo_naive, matrix
 from quadratic import STEPS, gap, gradients, parameters, trajectory
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.optim import demo, residuals
 from blagpt_pl.optim.composite import Composite
-from blagpt_pl.optim.dct import chunk_of, dct, from_tiles, inverse_dct, to_tiles
+from blagpt_pl.optim.dct import chunk_of, dct, dct_matrix, from_tiles, inverse_dct, to_tiles
 from blagpt_pl.optim.demo import Bundle, DeMo, gather_all, index_type, mean_of
 from blagpt_pl.optim.muon import Muon
 
@@ -244,3 +245,14 @@ def test_a_tensor_larger_than_a_piece_arrives_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(residuals.dist, "gather", gather)
     x = torch.randn(4, 3)
     assert torch.equal(residuals.gathered(x), torch.stack([x, x + 100, x + 200]))
+
+
+def test_tensors_without_data_leave_nothing_behind() -> None:
+    """As `blagpt describe` follows them, before a training in the same process."""
+    dct_matrix.cache_clear()
+    with FakeTensorMode():
+        params = [Parameter(torch.randn(8, 6))]
+        params[0].grad = torch.randn(8, 6)
+        DeMo(params).step()
+    x = torch.randn(3, 4, 5)
+    assert torch.allclose(inverse_dct(dct(x)), x, atol=1e-5)
