@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import batch, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from quadratic import STEPS, gap, gradients, parameters, trajectory
@@ -152,17 +151,3 @@ def test_saved_and_loaded_it_goes_on_bit_by_bit() -> None:
 def test_values_out_of_range(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdEMAMix([Parameter(torch.zeros(2, 2))], **values)
-
-
-def test_it_learns() -> None:
-    model = tiny(optimizer=partial(AdEMAMix, lr=1e-2, warmup=30))
-    optimizer = model.make_optimizer()
-    inputs, targets = batch(model, 8)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model.objective(inputs, targets)[0]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1.0

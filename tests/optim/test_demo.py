@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import batch, tiny
+from helpers import tiny
 from naive_demo import demo_naive, matrix
 from quadratic import STEPS, gap, gradients, parameters, trajectory
 from torch import Tensor
@@ -212,20 +212,6 @@ def test_beside_an_optimizer_of_equal_gradients_it_is_refused() -> None:
         ConfigError, match=r"Composite.other: DeMo wants each rank's own gradients.*fix: class_path: DeMo"
     ):
         tiny(optimizer=both).make_optimizer()
-
-
-def test_it_learns() -> None:
-    model = tiny(optimizer=partial(DeMo, lr=5e-3))
-    optimizer = model.make_optimizer()
-    inputs, targets = batch(model, 8)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model.objective(inputs, targets)[0]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
 
 
 def test_every_place_of_a_tile_has_an_index() -> None:

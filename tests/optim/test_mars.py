@@ -233,20 +233,6 @@ def test_values_out_of_range(values: dict, message: str) -> None:
         )
 
 
-def test_it_learns() -> None:
-    model = tiny(optimizer=partial(MARS, lr=1e-2))
-    optimizer = model.make_optimizer()
-    inputs, targets = batch(model, 8)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = model.objective(inputs, targets)[0]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1.0
-
-
 def test_vectors_can_stand_still() -> None:
     """0 is a learning rate, and not the lack of one."""
     groups = MARS(by_role(parameters()), lr=0.05, vector_lr=0.0).param_groups
