@@ -124,7 +124,8 @@ class GroupOptimizer(Optimizer):
     @staticmethod
     def precise_gradients(params: list[Tensor]) -> list[Tensor]:
         """This rank's part of each gradient, in float32 at least; not to be written to."""
-        return [here(p.grad).to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+        grads = [here(p.grad) for p in params]
+        return [g if g.dtype in (torch.float32, torch.float64) else g.float() for g in grads]
 
     def __getstate__(self) -> dict[str, Any]:
         """All but a `step` that a scheduler has wrapped: it is bound to this one, and a copy would move this one's weights."""
