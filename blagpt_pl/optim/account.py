@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from blagpt_pl.optim.placed import here
 
@@ -13,12 +14,9 @@ LONG = ("params", "splits", "blocks")  # of a group: what is told parameter by p
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """Every tensor that this rank keeps beside the weights, sharded ones as far as they lie here."""
-    for state in optimizer.state.values():
-        values = [state] if isinstance(state, Tensor) else state.values() if isinstance(state, dict) else []
-        for value in values:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(one, Tensor):
-                    yield here(one)
+    for leaf in tree_leaves(list(optimizer.state.values())):
+        if isinstance(leaf, Tensor):
+            yield here(leaf)
 
 
 def state_bytes(*optimizers: Optimizer) -> int:

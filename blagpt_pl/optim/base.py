@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from blagpt_pl.errors import CheckpointError
 from blagpt_pl.optim.placed import here
 
 Check = tuple[Any, bool, str]  # a value, whether it fits, what was expected
@@ -82,17 +83,17 @@ class GroupOptimizer(Optimizer):
         """Take up a state of the same optimizer over the same groups.
 
         Raises:
-            ValueError: its groups have other values, or another role; torch would let them replace those of this one.
+            CheckpointError: its groups have other values, or another role; torch would let them replace those of this one.
         """
         for i, (own, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             if odd := sorted((own.keys() ^ saved.keys()) - NOT_ITS_OWN):
                 has = "has" if odd[0] in saved else "lacks"
-                raise ValueError(
+                raise CheckpointError(
                     f"{type(self).__name__}: the saved state is another optimizer's, its group {i} {has} {odd[0]} (expected "
                     f"{', '.join(sorted(own.keys() - NOT_ITS_OWN))}); fix: the optimizer that saved it, or a new run"
                 )
             if own.get("role", saved.get("role")) != saved.get("role", own.get("role")):
-                raise ValueError(
+                raise CheckpointError(
                     f"{type(self).__name__}: group {i} of the saved state has role {saved.get('role')} (expected "
                     f"role {own.get('role')})"
                 )

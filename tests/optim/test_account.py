@@ -45,3 +45,10 @@ def test_state_is_counted_to_the_byte() -> None:
     adam = trained(torch.optim.Adam(ps))
     assert state_bytes(adam) == 2 * (15 * 4 + 4 * 2) + 2 * 4  # and a count of steps each
     assert state_bytes(adam, adam) == state_bytes(adam)
+
+
+def test_also_where_a_state_has_states_in_it() -> None:
+    import heavyball
+
+    ps = [torch.nn.Parameter(torch.ones(3, 5))]
+    assert 2 * 15 * 4 <= state_bytes(trained(heavyball.AdamW(ps))) < 2 * 15 * 4 + 64
