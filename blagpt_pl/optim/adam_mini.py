@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative
+from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative, wide
 from blagpt_pl.optim.placed import here, mine, ranks_of
 from blagpt_pl.optim.roles import Blocks, rows_apart
 
@@ -40,11 +40,6 @@ def by_row(values: Tensor, runs: Blocks) -> Tensor:
 def rows_of(p: Tensor) -> int:
     """Rows of a whole tensor, also where this rank has only some of them."""
     return p.shape[0] if p.ndim else 1
-
-
-def wide(p: Tensor) -> torch.dtype:
-    """The type of its second moments."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -73,6 +68,8 @@ class AdamMini(GroupOptimizer):
     Raises:
         ValueError: a value out of its range, or blocks that are not all rows of their tensor.
     """
+
+    precise = ("exp_avg_sq",)
 
     def __init__(
         self,
@@ -134,7 +131,7 @@ class AdamMini(GroupOptimizer):
 
     def second_moments(self, params: list[Tensor], beta2: float) -> list[Tensor]:
         """Take the mean square of each block into its second moment; returns these, (blocks,) for each parameter."""
-        rows = [squares(rows_first(here(p.grad)), wide(p)) for p in params]
+        rows = [squares(rows_first(here(p.grad)), wide(p.dtype)) for p in params]
         torch._foreach_div_(rows, [max(1, p.numel()) / max(1, rows_of(p)) for p in params])
         ranks = None
         if params[0] in self._rows:  # rows of others are zero here, and ours there
@@ -146,7 +143,7 @@ class AdamMini(GroupOptimizer):
         if ranks is not None:
             dist.all_reduce(means, group=ranks)
         each = zip(params, means.split([self.n_blocks(p) for p in params]), strict=True)
-        new = [mean.to(wide(p)) for p, mean in each]
+        new = [mean.to(wide(p.dtype)) for p, mean in each]
         seconds = []
         for p, mean in zip(params, new, strict=True):
             state = self.state[p]
@@ -177,7 +174,7 @@ class AdamMini(GroupOptimizer):
         return sum(rows // size for rows, size in self._blocks[p])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state; torch would give second moments the weights' type.
+        """Take up a state.
 
         Raises:
             ValueError: it has other blocks.
@@ -193,4 +190,3 @@ class AdamMini(GroupOptimizer):
                         f"AdamMini: the saved state has {tuple(second.shape)} second moments of a tensor {tuple(p.shape)} "
                         f"(expected {self.n_blocks(p)}, of blocks {self._blocks[p]})"
                     )
-                self.state[p]["exp_avg_sq"] = second.to(self.state[p]["exp_avg_sq"].device, wide(p))

@@ -50,6 +50,8 @@ class AdEMAMix(GroupOptimizer):
         ValueError: a value out of its range.
     """
 
+    precise = ("exp_avg",)
+
     def __init__(
         self,
         params: Iterable,
@@ -84,7 +86,7 @@ class AdEMAMix(GroupOptimizer):
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         (beta1, beta2, beta3), lr = group["betas"], group["lr"]
         weights, grads = [here(p) for p in params], self.precise_gradients(params)
-        fast, slow, squares = (self.zeros(params, f"exp_avg{of}", precise=True) for of in ("", "_slow", "_sq"))
+        fast, slow, squares = (self.zeros(params, f"exp_avg{of}") for of in ("", "_slow", "_sq"))
         counts = self.count(params)
         done = [1.0 if group["warmup"] is None else min(1.0, t / group["warmup"]) for t in counts]
         betas3 = [slow_beta(beta1, beta3, a) for a in done]

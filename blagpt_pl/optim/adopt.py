@@ -36,6 +36,8 @@ class ADOPT(GroupOptimizer):
         ValueError: a value out of its range.
     """
 
+    precise = ("exp_avg",)
+
     def __init__(
         self,
         params: Iterable,
@@ -68,15 +70,15 @@ class ADOPT(GroupOptimizer):
 
     def begin(self, params: list[Tensor]) -> None:
         """The first step of parameters: v = g²."""
-        self.zeros(params, "exp_avg", precise=True)
+        self.zeros(params, "exp_avg")
         grads = self.precise_gradients(params)
-        torch._foreach_addcmul_(self.zeros(params, "exp_avg_sq", precise=True), grads, grads)
+        torch._foreach_addcmul_(self.zeros(params, "exp_avg_sq"), grads, grads)
 
     def go_on(self, params: list[Tensor], steps: list[int], group: dict[str, Any]) -> None:
         """A later step of parameters, whose number of it is told for each."""
         lr, clip, (beta1, beta2) = group["lr"], group["clip"], group["betas"]
         weights, grads = [here(p) for p in params], self.precise_gradients(params)
-        m, v = (self.zeros(params, name, precise=True) for name in ("exp_avg", "exp_avg_sq"))
+        m, v = (self.zeros(params, name) for name in ("exp_avg", "exp_avg_sq"))
         sizes = torch._foreach_sqrt(v)
         torch._foreach_clamp_min_(sizes, group["eps"])
         updates = torch._foreach_div(grads, sizes)

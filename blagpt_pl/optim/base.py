@@ -26,7 +26,13 @@ class GroupOptimizer(Optimizer):
     Args:
         params: tensors, or groups of them; what a group says itself overrides a default.
         defaults: of every group, each by the name that a configuration has for it.
+
+    Attributes:
+        precise: how the names of buffers begin that are float32 at least beside any weights, also after loading: where a mean
+            is so slow that bfloat16 would round its decay away, or more than a mean is made of it.
     """
+
+    precise: tuple[str, ...] = ()
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
         self._counts: dict[Tensor, int] = {}  # as in the state, known without a look at a tensor
@@ -102,22 +108,16 @@ class GroupOptimizer(Optimizer):
         keys = (key for group in state_dict["param_groups"] for key in group["params"])
         for key, p in zip(keys, (p for group in self.param_groups for p in group["params"]), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.clone().to(p.device)  # torch has given it the precision of the weights
+                if name.startswith(self.precise):  # torch has given it the precision of the weights
+                    self.state[p][name] = value.to(p.device, wide(p.dtype), copy=True)
 
-    def zeros(self, params: list[Tensor], name: str, precise: bool = False) -> list[Tensor]:
-        """This rank's part of each parameter's buffer of that name, zero before the first step; written in place.
-
-        Args:
-            params: the parameters.
-            name: of the buffer.
-            precise: float32 at least, where a mean is so slow that bfloat16 would round its decay away.
-        """
+    def zeros(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """This rank's part of each parameter's buffer of that name, zero before the first step; written in place."""
         buffers = []
         for p in params:
             state = self.state[p]
             if name not in state:
-                dtype = torch.promote_types(p.dtype, torch.float32) if precise else p.dtype
+                dtype = wide(p.dtype) if name.startswith(self.precise) else p.dtype
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             buffers.append(here(state[name]))
         return buffers
@@ -131,6 +131,11 @@ class GroupOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """All but a `step` that a scheduler has wrapped: it is bound to this one, and a copy would move this one's weights."""
         return {name: value for name, value in self.__dict__.items() if name != "step"}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def decay_(weights: list[Tensor], amount: float) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from blagpt_pl.optim.base import Check, GroupOptimizer, decay_, not_negative
+from blagpt_pl.optim.base import Check, GroupOptimizer, decay_, not_negative, wide
 from blagpt_pl.optim.dct import as_matrix, chunk_of, dct, from_tiles, inverse_dct, to_tiles
 from blagpt_pl.optim.orthogonal import all_gather
 from blagpt_pl.optim.placed import ranks_of
@@ -167,11 +167,6 @@ class DeMo(GroupOptimizer):
         for key, p in zip(keys, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
             if key in rows:
                 self.state[p]["delta"] = rows[key][0].to(p.device, wide(p.dtype), copy=True)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def index_type(tile: tuple[int, int]) -> torch.dtype:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from blagpt_pl.optim.base import Check, GroupOptimizer, not_negative
+from blagpt_pl.optim.base import Check, GroupOptimizer, not_negative, wide
 from blagpt_pl.optim.orthogonal import orthogonal, orthogonalise_
 from blagpt_pl.optim.placed import here, mine, ranks_of, whole
 
@@ -131,4 +131,4 @@ class Muon(GroupOptimizer):
 
 def like(x: float, tensor: Tensor) -> Tensor:
     """A number as a tensor without dimensions, beside another tensor and at least as precise as float32."""
-    return torch.full((), x, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+    return torch.full((), x, dtype=wide(tensor.dtype), device=tensor.device)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative
+from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative, wide
 from blagpt_pl.optim.orthogonal import orthogonalise_
 from blagpt_pl.optim.placed import here, mine, ranks_of, whole
 
@@ -74,6 +74,8 @@ class SOAP(GroupOptimizer):
     Raises:
         ValueError: a value out of its range or without effect, or a tensor that is no matrix of the network's inside.
     """
+
+    precise = ("moments", "basis")
 
     def __init__(
         self,
@@ -214,7 +216,7 @@ class SOAP(GroupOptimizer):
 
     def maps(self, p: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The maps (r, c) that a whole tensor stacks, as precise as the preconditioners."""
-        return x.flatten(1).to(torch.promote_types(p.dtype, torch.float32)).split(self._splits[p])
+        return x.flatten(1).to(wide(p.dtype)).split(self._splits[p])
 
     def part(self, p: Tensor, maps: Iterable[Tensor]) -> Tensor:
         """This rank's part of the tensor that stacks these maps, in the parameter's own precision."""
@@ -222,7 +224,7 @@ class SOAP(GroupOptimizer):
 
     def sides(self, p: Tensor, name: str) -> list[Sides]:
         """The matrices of that name, zero before the first step, for the two sides of each map; written in place."""
-        state, dtype, found = self.state[p], torch.promote_types(p.dtype, torch.float32), []
+        state, dtype, found = self.state[p], wide(p.dtype), []
         for i, rows in enumerate(self._splits[p]):
             pair = []
             for side, n in (("rows", rows), ("columns", p.numel() // p.shape[0])):

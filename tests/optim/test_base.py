@@ -113,3 +113,23 @@ def test_a_slow_mean_decays_beside_bfloat16_weights(kind: type, name: str) -> No
     p.grad = torch.zeros_like(p)
     other.step()
     assert torch.equal(other.state[p][name], before * 0.9999)
+
+
+@every
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_state_fits_weights_of_another_precision(kind: Factory, saved: torch.dtype, loaded: torch.dtype) -> None:
+    """It is taken up in the precision that it would have been made in."""
+    states = []
+    for dtype in (saved, loaded):
+        params = parameters(dtype, SHAPES)
+        optimizer = kind(params)
+        walk(optimizer, params, range(2))
+        states.append(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(states[0]))
+    for p, own in zip(params, states[1]["state"].values(), strict=True):
+        found = optimizer.state[p]
+        assert {n: x.dtype for n, x in found.items()} == {
+            n: x[0].dtype if n == "delta" else x.dtype for n, x in own.items()
+        }
+    walk(optimizer, params, range(2, 4))
+    assert all(p.isfinite().all() for p in params)
