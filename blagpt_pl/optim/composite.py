@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from blagpt_pl.optim.base import GroupOptimizer
+
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
 
@@ -146,6 +148,4 @@ class Composite(Optimizer):
             member.load_state_dict({"state": own | shared, "param_groups": given})
         self.param_groups = [group for group, _ in self._own(self._names)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but a `step` that a scheduler has wrapped: it is bound to this one, and a copy would move this one's weights."""
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+    __getstate__ = GroupOptimizer.__getstate__

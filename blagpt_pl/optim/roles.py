@@ -7,6 +7,7 @@ says otherwise. Matrices that stack several maps, such as q, k and v, say so und
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -65,3 +66,31 @@ def groups_by_role(
             own["blocks"] = [(blocks or {}).get(name, rows_apart(p)) for name, p in members.items()]
             groups.append({"params": list(members.values()), "role": role, **own})
     return groups
+
+
+def maps_of(name: str, group: Mapping[str, Any], dimensions: int | None = None) -> dict[Tensor, tuple[int, ...]]:
+    """Of each matrix of a group: the rows of the maps that it stacks, which are all of its rows where the group says no `splits`.
+
+    Args:
+        name: the optimizer that takes matrices only.
+        group: a parameter group.
+        dimensions: that a matrix must have; two or more if None.
+
+    Raises:
+        ValueError: the group is of another role, or has a tensor that is no matrix, or splits that are not all rows.
+    """
+    role = group.get("role", "matrix")
+    if role != "matrix":
+        raise ValueError(
+            f"{name}: takes matrices only, found parameters of role {role}; fix: class_path: Composite with matrix: {name} "
+            "and an optimizer for the other parameters"
+        )
+    params = group["params"]
+    for p in params:
+        if p.ndim < 2 or dimensions not in (None, p.ndim):
+            raise ValueError(f"{name}: takes matrices only, found a tensor {tuple(p.shape)}")
+    splits = [tuple(rows) for rows in group.get("splits", [p.shape[:1] for p in params])]
+    for p, rows in zip(params, splits, strict=True):
+        if sum(rows) != p.shape[0]:
+            raise ValueError(f"{name}: splits {rows} of a matrix of {p.shape[0]} rows (expected as many in all)")
+    return dict(zip(params, splits, strict=True))

@@ -22,6 +22,7 @@ from torch import Tensor
 from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative, wide
 from blagpt_pl.optim.orthogonal import orthogonalise_
 from blagpt_pl.optim.placed import here, mine, ranks_of, whole
+from blagpt_pl.optim.roles import maps_of
 
 PALM = 0.8
 Sides = tuple[
@@ -99,20 +100,7 @@ class SOAP(GroupOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in matrices; their `splits`, if the group has some, say how many rows each of the maps has that one stacks."""
         super().add_param_group(param_group)
-        role = param_group.get("role", "matrix")
-        if role != "matrix":
-            raise ValueError(
-                f"SOAP: takes matrices only, found parameters of role {role}; fix: class_path: Composite with matrix: SOAP "
-                "and an optimizer for the other parameters"
-            )
-        params = param_group["params"]
-        for p in params:
-            if p.ndim < 2:
-                raise ValueError(f"SOAP: takes matrices only, found a tensor {tuple(p.shape)}")
-        for p, rows in zip(params, param_group.get("splits", [(p.shape[0],) for p in params]), strict=True):
-            if sum(rows) != p.shape[0]:
-                raise ValueError(f"SOAP: splits {rows} of a matrix of {p.shape[0]} rows (expected as many in all)")
-            self._splits[p] = tuple(rows)
+        self._splits |= maps_of("SOAP", param_group)
 
     def ranges(self, group: Mapping[str, Any]) -> dict[str, Check]:
         own, every = group["shampoo_beta"], group["precondition_frequency"]
