@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.losses.choice import LossName, loss_named
 from blagpt_pl.losses.next_token import IGNORE
-from blagpt_pl.losses.objective import measure, objective, untraceable
+from blagpt_pl.losses.objective import Lesson, measure, objective, untraceable
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, Head
 from blagpt_pl.nn.compiled import check_backend, compiled
@@ -36,6 +36,9 @@ from blagpt_pl.window import Window
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 ScheduleFactory = Callable[[int], Schedule]
+GRAPHS = (
+    64  # that regions of all shapes may come to, each once to train and once to measure; torch counts them together
+)
 
 
 class LanguageModel(L.LightningModule):
@@ -100,11 +103,11 @@ class LanguageModel(L.LightningModule):
     # ------------------------------------------------------------------ what a subclass says
 
     def trunk(self, tokens: Tensor) -> tuple[Tensor, Carry]:
-        """(B, T) int64 -> (B, T, D), the stream as it enters the last block, and what travels beside it."""
+        """(B, T) int64 -> the stream as it enters the last block, in that block's layout, and what travels beside it."""
         raise NotImplementedError(f"{type(self).__name__} must say how a stream (B, T, D) comes from tokens (B, T)")
 
     def finish(self, x: Tensor, carry: Carry, block: nn.Module | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D): the last block, or another in its place, and all that stands before the head."""
+        """The stream of `trunk` -> (B, T, D): the last block, or another in its place, and all that stands before the head."""
         raise NotImplementedError(f"{type(self).__name__} must say how features come from what enters the last block")
 
     def readout(self) -> Iterable[nn.Module]:
@@ -114,6 +117,10 @@ class LanguageModel(L.LightningModule):
     def features(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, D): everything before the head."""
         return self.finish(*self.trunk(tokens))
+
+    def lesson(self, tokens: Tensor, targets: Tensor) -> Lesson:
+        """What the head learns from: (B, T) tokens and targets -> features and targets; more than the next token in some."""
+        return Lesson(self.features(tokens), targets)
 
     def regions(self) -> Iterable[nn.Module]:
         """The repeated pieces that are compiled and sharded one by one."""
@@ -335,6 +342,7 @@ class LanguageModel(L.LightningModule):
 
         With `whole_graph`: two graphs in all, one of the objective and one of what validation measures.
         """
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         torch._dynamo.config.optimize_ddp = False  # regions are smaller than a bucket graph already
         if hasattr(torch._functorch.config, "backward_pass_autocast"):  # not in every torch that we allow
             torch._functorch.config.backward_pass_autocast = "off"  # as in eager training

@@ -22,9 +22,10 @@ ALLOWED = {
     "optim": {"errors", "seeding"},
     "data": {"errors", "seeding"},
     "lm": TRAINING | BOTTOM,
-    "models": {"lm", "nn", "losses", "errors", "sampling"},
+    "token_model": {"lm", "nn", "losses"},
+    "models": {"lm", "token_model", "nn", "losses", "errors", "sampling"},
     "callbacks": {"lm", "nn", "optim"} | BOTTOM,
-    "lab": {"lm", "models", "callbacks", "data", "testing"} | TRAINING | BOTTOM,
+    "lab": {"lm", "token_model", "models", "callbacks", "data", "testing"} | TRAINING | BOTTOM,
 }
 ALLOWED["cli"] = ALLOWED["__main__"] = {*ALLOWED}
 WITHOUT_LIGHTNING = {"nn", "losses", "optim", "testing", "errors", "seeding", "sampling"}

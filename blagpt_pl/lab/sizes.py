@@ -9,7 +9,7 @@ layers       how many blocks
 vocabulary   how many different tokens
 
 A class that says nothing of an argument is taken to need it as it is. A subclass has the sizes of the classes above it,
-and says its own. The first `width` and the first `layers` of the model are those that all others go with.
+and says its own. The first `width` and the greatest `layers` of the model are those that all others go with.
 """
 
 import functools

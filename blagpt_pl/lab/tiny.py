@@ -40,7 +40,7 @@ class Scale:
 
     Attributes:
         d_model: width of the stream, as it was and as it becomes; 0 where the model does not say it.
-        n_layers: blocks, likewise.
+        n_layers: blocks of its deepest stack, likewise.
         context: tokens, as they were.
     """
 
@@ -79,7 +79,8 @@ def together(measures: dict[str, Sizes]) -> Sizes:
 def scale_of(tree: dict) -> Scale:
     """The sizes of a model, as they are and as they become."""
     model = measured(tree["model"])
-    d_model, n_layers = (next(iter(flat(model.get(measure, {}))), 0) for measure in ("width", "layers"))
+    d_model = next(iter(flat(model.get("width", {}))), 0)
+    n_layers = max(flat(model.get("layers", {})), default=0)  # of the deepest of its stacks
     all_heads = [heads for part in parts_in(tree["model"]) if (heads := measured(part).get("heads"))]
     width = stream_width(d_model, [n for heads in all_heads for n in flat(fewer_heads(heads))])
     return Scale((d_model, width), (n_layers, min(n_layers, LAYERS)), tree["data"]["context"])

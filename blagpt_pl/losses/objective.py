@@ -4,11 +4,30 @@ Formula  total = next-token loss + Σ terms, each weighted; the terms of the log
          the trunk after it, from the stream and the memo as they were before the last block
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from blagpt_pl.losses.chunked import learned, linear_of
 from blagpt_pl.losses.next_token import NextToken
 from blagpt_pl.losses.term import LogitTerm, TrunkTerm
+
+
+class Lesson(NamedTuple):
+    """What a model's head learns from in one pass.
+
+    Attributes:
+        features: (..., D).
+        targets: (...) int64, or with weights (..., K); the next token is the first, wherever it counts.
+        weights: of the K targets, that of the next token 1.
+        names: of the targets after the first, in the log.
+    """
+
+    features: Tensor
+    targets: Tensor
+    weights: Sequence[float] | None = None
+    names: Sequence[str] = ()
 
 
 def objective(model: nn.Module, loss: NextToken, tokens: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -23,11 +42,14 @@ def objective(model: nn.Module, loss: NextToken, tokens: Tensor, targets: Tensor
     on_logits = [term for term in model.losses if isinstance(term, LogitTerm)]
     if on_trunk:
         x, carry = model.trunk(tokens)
-        features = model.finish(x, carry.but(memo=dict(carry.memo)))  # the terms get the memo as it is here
+        lesson = Lesson(
+            model.finish(x, carry.but(memo=dict(carry.memo))), targets
+        )  # the terms get the memo as it is here
     else:
-        features = model.features(tokens)
-    total, means = loss.parts(model.head, features, targets, on_logits)
-    parts = dict(zip(("loss", *(term.name for term in on_logits)), means, strict=True))
+        lesson = model.lesson(tokens, targets)
+    total, means = loss.parts(model.head, lesson.features, lesson.targets, on_logits, lesson.weights)
+    names = ("loss", *lesson.names, *(term.name for term in on_logits))
+    parts = dict(zip(names, means, strict=True))
     for term in on_trunk:
         extra, numbers = term(model, x, carry, targets)
         total = total + extra

@@ -61,7 +61,7 @@ class TrunkTerm(LossTerm):
 
         Args:
             model: a `LanguageModel` with `finish`, `readout` and `next_token`.
-            trunk: (B, T, D), what enters the last block.
+            trunk: what enters the last block, in that block's layout; (B, T, D) in most models.
             carry: what travels beside it, as it was before the last block ran.
             targets: (B, T) int64.
         """

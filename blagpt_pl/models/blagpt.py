@@ -5,24 +5,22 @@ Formula  x = E[tokens] (+ positions);  x ← block_l(x) for each l;  features = 
 Cost     that of its parts
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from blagpt_pl.lm import LanguageModel, OptimizerFactory, ScheduleFactory
+from blagpt_pl.lm import OptimizerFactory, ScheduleFactory
 from blagpt_pl.losses.choice import LossName
-from blagpt_pl.losses.term import LossTermFactory, built_terms
-from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site, built
-from blagpt_pl.nn.block import Block
-from blagpt_pl.nn.dropout import dropout as dropped
+from blagpt_pl.losses.term import LossTermFactory
+from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site
 from blagpt_pl.nn.memory import MemoryPolicy
+from blagpt_pl.nn.stack import BlockFactory, stack, through
+from blagpt_pl.token_model import TokenModel
 
-BlockFactory = Callable[[Site], Block]
 
-
-class BlaGPT(LanguageModel):
+class BlaGPT(TokenModel):
     """Token embedding, blocks, final norm, head.
 
     Args:
@@ -75,46 +73,24 @@ class BlaGPT(LanguageModel):
         whole_graph: bool = False,
     ) -> None:
         super().__init__(vocab_size, context, optimizer, schedule, compile, loss, memory, whole_graph)
-        for name, value in {"vocab_size": vocab_size, "d_model": d_model, "n_layers": n_layers}.items():
-            if value < 1:
-                raise ValueError(f"model.{name}: {value} (expected 1 or more)")
-        sites = [Site(d_model, n_layers, layer, vocab_size, context) for layer in range(n_layers)]
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.positions = None if positions is None else positions(sites[0])
-        self.drop = dropped("model.dropout", dropout)
-        self.blocks = nn.ModuleList(built("model.block", block, site) for site in sites)
-        self.norm = built("model.norm", norm, d_model)
-        self.head = built("model.head", head, sites[0], self.embedding)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # additions come last and draw apart: the rest starts as it does without
-            self.token_bias = nn.Embedding(vocab_size, d_model) if token_bias else None
-            terms = built_terms(losses or [], sites[-1], block)
-        del self.losses
-        self.losses = nn.ModuleList(terms)
-        init(self, sites[0])
+        self.begin(d_model, dropout, n_layers=n_layers)
+        site = Site(d_model, n_layers, 0, vocab_size, context)
+        self.positions = None if positions is None else positions(site)
+        self.blocks = stack("model.block", block, site)
+        self.end(replace(site, layer=n_layers - 1), block, norm, head, init, losses, token_bias)
 
     def regions(self) -> Iterable[nn.Module]:
         return self.blocks
 
     def trunk(self, tokens: Tensor) -> tuple[Tensor, Carry]:
-        if tokens.shape[1] > self.context:
-            raise ValueError(
-                f"tokens: {tokens.shape[1]} a sequence (context {self.context}); fix: data.context or shorter input"
-            )
+        self.check_length(tokens)
         x = self.embedding(tokens)  # (B, T, D)
         if self.positions is not None:
             x = x + self.positions(tokens)
         x = self.drop(x)
         carry = Carry(tokens, x)
-        for block in self.blocks[:-1]:
-            x = block(x, carry)
-        return x, carry
+        return through(self.blocks[:-1], x, carry), carry
 
     def finish(self, x: Tensor, carry: Carry, block: nn.Module | None = None) -> Tensor:
         last = self.blocks[-1] if block is None else block
-        x = self.norm(last(x, carry))
-        return x if self.token_bias is None else x + self.token_bias(carry.tokens)
-
-    def readout(self) -> Iterable[nn.Module]:
-        return [m for m in (self.norm, self.token_bias, self.head) if m is not None]
+        return self.ended(last(x, carry), carry.tokens)

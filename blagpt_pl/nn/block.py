@@ -88,5 +88,11 @@ class Block(nn.Module):
         self.attention = branch("block.attention", attention)
         self.mlp = branch("block.mlp", mlp)
 
+    def branches(self) -> tuple[Branch, ...]:
+        """What joins the stream, in this order: the one that moves information between positions first."""
+        return self.attention, self.mlp
+
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
-        return self.mlp(self.attention(x, carry), carry)
+        for branch in self.branches():
+            x = branch(x, carry)
+        return x

@@ -42,3 +42,14 @@ def probability(socket: str, value: float) -> float:
     if not 0 <= value < 1:
         raise ValueError(f"{socket}: {value} (expected 0 or more, and below 1)")
     return float(value)
+
+
+def at_least_one(socket: str, value: int) -> int:
+    """A count.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+    if value < 1:
+        raise ValueError(f"{socket}: {value} (expected 1 or more)")
+    return value

@@ -22,6 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blagpt_pl.nn.base import Core
 
 HOPPER = (9, 0)
+MOST = (
+    65535  # sequences of one call: the kernels on CUDA have them on a grid axis that ends there (pytorch issue 146704)
+)
 ON_HOPPER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -61,10 +64,18 @@ def causal(q: Tensor, k: Tensor, v: Tensor, dropout: float, grouped: bool) -> Te
         dropout: probability of dropping an attention weight, now.
         grouped: whether query heads share keys, G < H.
     """
+    return attend(q, k, v, dropout, grouped, is_causal=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, grouped: bool, is_causal: bool) -> Tensor:
+    """The same, or of all pairs: q (B, H, T, K), k (B, G, S, K), v (B, G, S, K') -> (B, H, T, K')."""
+    if len(q) > MOST:
+        pieces = [(t.split(MOST)) for t in (q, k, v)]
+        return torch.cat([attend(*piece, dropout, grouped, is_causal) for piece in zip(*pieces, strict=True)])
     if reordered(q.device):
         with sdpa_kernel(ON_HOPPER, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, enable_gqa=grouped)
 
 
 def backend_used(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> str:
