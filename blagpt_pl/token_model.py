@@ -4,6 +4,7 @@ A constructor calls `begin`, builds what lies between, and calls `end`. Random n
 draw apart and last: a run with them and one without, of one seed, start from the same weights.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,20 +22,24 @@ from blagpt_pl.nn.stack import BlockFactory
 class TokenModel(LanguageModel):
     """Embedding, whatever lies between, norm (and per-token bias), head."""
 
-    def begin(self, d_model: int, dropout: float, **sizes: int) -> None:
+    @abstractmethod
+    def regions(self) -> Iterable[nn.Module]:
+        """The repeated pieces, which lie between."""
+
+    def begin(self, width: int, dropout: float, /, **sizes: int) -> None:
         """Make the table of tokens.
 
         Args:
-            d_model: its width.
+            width: of the table; the argument `d_model`, unless `sizes` names another.
             dropout: probability of dropping an element of the embeddings in training.
             sizes: other numbers of the model by their names, checked as the width is.
 
         Raises:
             ValueError: a size below 1, or a dropout that is no probability.
         """
-        for name, size in {"vocab_size": self.vocab_size, "d_model": d_model, **sizes}.items():
+        for name, size in {"vocab_size": self.vocab_size, "d_model": width, **sizes}.items():
             at_least_one(f"model.{name}", size)
-        self.embedding = nn.Embedding(self.vocab_size, d_model)
+        self.embedding = nn.Embedding(self.vocab_size, width)
         self.drop = dropped("model.dropout", dropout)
 
     def end(

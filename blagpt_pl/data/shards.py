@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,37 +75,55 @@ class Shard:
 
 def write_shard(path: str | os.PathLike, tokens: Sequence[int] | np.ndarray, vocab_size: int) -> Shard:
     """Write `tokens` in the form that `vocab_size` asks for; the name appears once the file is whole and on disk."""
+    return write_pieces(path, [np.asarray(tokens).reshape(-1)], vocab_size)
+
+
+def write_pieces(path: str | os.PathLike, pieces: Iterable[np.ndarray], vocab_size: int) -> Shard:
+    """`write_shard` of rows of tokens that are joined, each let go once it is written.
+
+    Raises:
+        DataError: an id is outside the vocabulary, there are no tokens or too many for a header, or the disk refuses.
+    """
     path = Path(path)
-    tokens = np.asarray(tokens).reshape(-1)
-    if not 1 <= tokens.size < 2**31:
-        raise DataError(
-            f"data: {path}: {tokens.size} tokens (expected 1 to {2**31 - 1}); fix: split them over several shards"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise DataError(
-            f"data: {path}: token ids {low} to {high} (expected 0 to {vocab_size - 1}); fix: the tokenizer's vocab_size"
-        )
     magic = 20240520 if vocab_size <= 65535 else 20240801
     version, dtype = FORMATS[magic]
     header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = magic, version, tokens.size
+    n_tokens = 0
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
+            file.seek(HEADER_BYTES)
+            for tokens in pieces:
+                n_tokens += tokens.size
+                if tokens.size:
+                    _check_ids(path, tokens, vocab_size)
+                    file.write(memoryview(np.ascontiguousarray(tokens, dtype)).cast("B"))
+            if not 1 <= n_tokens < 2**31:
+                raise DataError(
+                    f"data: {path}: {n_tokens} tokens (expected 1 to {2**31 - 1}); fix: split them over several shards"
+                )
+            header[:3] = magic, version, n_tokens
+            file.seek(0)
             file.write(header.tobytes())
-            file.write(memoryview(np.ascontiguousarray(tokens, dtype)).cast("B"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise DataError(
-            f"data: {path}: {error.strerror} (expected to write {tokens.size} tokens); fix: free or change the folder"
+            f"data: {path}: {error.strerror} (expected to write {n_tokens} tokens); fix: free or change the folder"
         ) from error
     finally:
         part.unlink(missing_ok=True)
     return Shard.open(path)
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"data: {path}: token ids {low} to {high} (expected 0 to {vocab_size - 1}); fix: the tokenizer's vocab_size"
+        )
 
 
 def find_files(patterns: Sequence[str], field: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, and how many UTF-8 bytes each id stands for.
+"""Tokenizers: text to token ids and back, and which UTF-8 bytes each id stands for.
 
 Source   GPT-2's byte-pair encoding, Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", through
          tiktoken; plain bytes
@@ -36,6 +36,10 @@ class Tokenizer(ABC):
     def byte_lengths(self) -> np.ndarray | None:
         """(vocab_size,) int64: UTF-8 bytes of each id, 0 for end of text; None where a token has no fixed length."""
 
+    def token_bytes(self) -> list[bytes] | None:
+        """The UTF-8 bytes of each id, none for end of text; None where a token does not stand for bytes of its own."""
+        return None
+
 
 class GPT2Tokenizer(Tokenizer):
     """50,257 byte-pair tokens; 50256 stands before each document."""
@@ -62,8 +66,10 @@ class GPT2Tokenizer(Tokenizer):
         return self._encoding.decode([token for token in tokens if 0 <= token < self.vocab_size])
 
     def byte_lengths(self) -> np.ndarray:
-        lengths = [len(self._encoding.decode_single_token_bytes(token)) for token in range(self.end_of_text)]
-        return np.array([*lengths, 0], np.int64)
+        return np.array([len(text) for text in self.token_bytes()], np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        return [*map(self._encoding.decode_single_token_bytes, range(self.end_of_text)), b""]
 
 
 class ByteTokenizer(Tokenizer):
@@ -80,3 +86,6 @@ class ByteTokenizer(Tokenizer):
 
     def byte_lengths(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        return [*(bytes([byte]) for byte in range(256)), b""]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 HOUSE = Path(__file__).resolve().parents[1]
 ROOMS = ("nn", "losses", "optim", "models", "data", "callbacks")
+BASES = ("token_model.py",)  # what parts of the rooms derive from, and are not told of it by a room
 KINDS = {  # kind: (base class, socket)
     "norm": ("Norm", "model.norm, model.block.norm, model.block.post_norm"),
     "activation": ("Activation", "model.block.mlp.activation"),
@@ -21,6 +22,9 @@ KINDS = {  # kind: (base class, socket)
     "attention": ("SequenceMixer", "model.block.attention"),
     "edit": ("HeadEdit", "model.block.attention.edits, a list"),
     "core": ("Core", "model.block.attention.core"),
+    "cross": ("Cross", "model.cross, and within pools and upsamplings"),
+    "pool": ("Pool", "model.pool"),
+    "upsample": ("Upsample", "model.upsample"),
     "positions": ("Positions", "model.positions"),
     "head": ("Head", "model.head"),
     "block": ("Block", "model.block"),
@@ -99,6 +103,7 @@ def _parse(file: Path) -> ast.Module:
 
 def _classes(root: Path) -> dict[str, _Class]:
     files = [file for room in ROOMS for file in sorted((root / room).rglob("*.py"))]
+    files += [root / name for name in BASES if (root / name).is_file()]
     trees = {file: _parse(file) for file in files}
     return {
         node.name: _Class(node, file, ast.get_docstring(tree) or "")

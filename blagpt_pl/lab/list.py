@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         prog="blagpt list",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What there is to choose from: parts, overlays, configurations, each with its paper.",
-        epilog=f"kinds: {', '.join(ORDER[:9])},\n       {', '.join(ORDER[9:])}\n"
+        epilog=f"kinds: {', '.join(ORDER[:13])},\n       {', '.join(ORDER[13:])}\n"
         "groups: attention (mixers, edits and cores), data (sources and tokenizers), part (all that a model is made of)\n"
         "A plural will do. torch's optimizers are counted, and listed by `blagpt list optimizer`.",
     )

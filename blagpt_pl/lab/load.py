@@ -9,6 +9,7 @@ from blagpt_pl.errors import CheckpointError
 from blagpt_pl.lab import parts
 from blagpt_pl.lab.strict_yaml import load_text
 from blagpt_pl.lab.train import BlagptCLI
+from blagpt_pl.lab.without_donor import without_donor
 from blagpt_pl.lm import LanguageModel
 
 
@@ -41,7 +42,7 @@ def load(path: str) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: carries no configuration, so the model cannot be rebuilt")
     parts.import_all()
-    wanted = {key: config[key] for key in ("model", "data") if key in config}
+    wanted = {key: without_donor(config[key]) for key in ("model", "data") if key in config}
     cli = BlagptCLI("fit", wanted, run=False)
     try:
         cli.model.load_state_dict(checkpoint["state_dict"])

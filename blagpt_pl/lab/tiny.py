@@ -1,7 +1,7 @@
 """Any configuration at a tiny size: the same parts in the same sockets, with numbers that a CPU trains in seconds.
 
 What shrinks is what the classes say of themselves (`lab/sizes.py`), by the rules of `lab/smaller.py`, and `data.context`; a
-class that says nothing keeps its values. Ratios are ratios, and a model is not compiled.
+class that says nothing keeps its values. Ratios are ratios, a model is not compiled, and starts without the file of a larger one.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from blagpt_pl.lab.smaller import (
     flat,
     narrower,
     narrower_heads,
+    refilled,
     share,
     shorter,
     shorter_in_steps,
     stream_width,
 )
+from blagpt_pl.lab.without_donor import without_donor
 from blagpt_pl.lm import LanguageModel
 
 
@@ -55,7 +57,7 @@ class Scale:
         for measure, sizes in before.items():
             match measure:
                 case "width":
-                    after |= each(sizes, lambda n: narrower(n, self.d_model))
+                    after |= apart(sizes, each(sizes, lambda n: narrower(n, self.d_model)), self.d_model[0])
                 case "head":
                     after |= narrower_heads(sizes, self.d_model)
                 case "heads":
@@ -69,6 +71,23 @@ class Scale:
                 case "tokens" if self.context > CONTEXT:
                     after |= each(sizes, lambda n: shorter(n, self.context))
         return {name: after[name] for name, size in together(before).items() if after.get(name, size) != size}
+
+
+def apart(before: Sizes, after: Sizes, d_model: int) -> Sizes:
+    """Widths of a part that differed still do: of two that became one, the lesser is in proportion to the greater.
+
+    Args:
+        before, after: the widths, as they were and as they became.
+        d_model: the stream's, as it was: what goes with it stays.
+    """
+    sizes, found, greater = dict(zip(flat(before), flat(after), strict=True)), {}, None
+    for was in sorted(sizes, reverse=True):
+        now = sizes[was]
+        if greater is not None and now >= found[greater] and was != d_model:
+            now = found[greater] * was // greater
+            now = max(1, now - now % 2)
+        found[was], greater = now, was
+    return refilled(after, (found[was] for was in flat(before)))
 
 
 def together(measures: dict[str, Sizes]) -> Sizes:
@@ -113,7 +132,8 @@ def tiny(tree: dict) -> dict:
 
 
 def eager(model: object) -> object:
-    """A model that is not compiled, and without the memory policy that is the compiler's."""
+    """A model that is not compiled, without the memory policy that is the compiler's, and with weights of no file."""
+    model = without_donor(model)
     values = (model.get("init_args") or {}) if isinstance(model, dict) else {}
     off = {name: None for name in ("compile", "memory") if name in values}
     if class_name(values.get("memory")) != "Budget":

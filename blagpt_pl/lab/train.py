@@ -32,6 +32,7 @@ from blagpt_pl.lab.layers import from_arguments
 from blagpt_pl.lab.parser import FriendlyParser
 from blagpt_pl.lab.quiet import quiet
 from blagpt_pl.lab.rules import check_parsed, check_tree
+from blagpt_pl.lab.without_donor import without_donor
 from blagpt_pl.lm import LanguageModel
 
 DEFAULTS = {
@@ -59,6 +60,7 @@ class BlagptCLI(LightningCLI):
     def __init__(self, command: str, tree: dict, rest: Iterable[str] = (), run: bool = True) -> None:
         self.command, self.tree, self.rest = command, tree, list(rest)
         self.run_folder: runs.Run | None = None
+        self._text = ""
         super().__init__(
             LanguageModel,
             TokenData,
@@ -115,11 +117,18 @@ class BlagptCLI(LightningCLI):
 
     def config_text(self) -> str:
         """The resolved configuration, as YAML that can be run again."""
-        return self._parser(self.subcommand).dump(self.settings, skip_unset=False)
+        return self._text
 
     def before_instantiate_classes(self) -> None:
-        if self._runs:
-            check_parsed(self.settings, self.command)
+        """Look at the values, choose the run's folder, and read no donor where a checkpoint of the model's own follows."""
+        self._text = self._parser(self.subcommand).dump(self.settings, skip_unset=False)
+        if not self._runs:
+            return
+        check_parsed(self.settings, self.command)
+        if self.command == "fit" and not self.settings.trainer.get("fast_dev_run"):
+            self.run_folder = self._chosen_run()
+        if self.settings.ckpt_path is not None or (self.run_folder is not None and self.run_folder.resume is not None):
+            self.settings.model = without_donor(self.settings.model)
 
     def instantiate_classes(self) -> None:
         with refusals():
@@ -156,19 +165,21 @@ class BlagptCLI(LightningCLI):
     def _own_loggers(logger: Any) -> list[Any]:
         return [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
 
+    def _chosen_run(self) -> runs.Run:
+        run = runs.choose(Path(self.settings.logs), self.settings.name, self.config_text())
+        if self.settings.ckpt_path is not None and run.resume is None:  # from a named file, in a folder of its own
+            return runs.Run(run.folder, Path(self.settings.ckpt_path))
+        return run
+
     def _run_logger(self) -> RunLogger:
-        config = self.config_text()
-        run = runs.choose(Path(self.settings.logs), self.settings.name, config)
-        same_folder = run.resume is not None
-        if self.settings.ckpt_path is not None and not same_folder:  # from a named file, in a folder of its own
-            run = runs.Run(run.folder, Path(self.settings.ckpt_path))
-        self.run_folder = run
+        run = self.run_folder
+        same_folder = run.resume is not None and run.resume.is_relative_to(run.folder)
         step = None
         if run.resume is not None:
             step = read_checkpoint(run.resume)["global_step"]
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"resuming from {run.resume} (step {step})")
-        return RunLogger(run.folder, config, step if same_folder else None)
+        return RunLogger(run.folder, self.config_text(), step if same_folder else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

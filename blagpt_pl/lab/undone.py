@@ -7,13 +7,15 @@
                   assigned whole, an element removed that comes back
 
 The first file is the base, there to be differed from: what becomes of its values is not watched, nor are they when a layer
-that replaces a part says them again below it. A layer is watched key by key, so it may not undo itself either.
+that replaces a part says them again below it. Nor are those of a file that names another class for the whole model, which is
+the base of the layers after it; that it is this class is watched. A layer is watched key by key, so it may not undo itself either.
 """
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.places import class_name, same_class
 from blagpt_pl.lab.said import Reader, Said, is_flag, reach, shown, what_is
 
+MODEL = ("model",)
 _DOES = {"named": "names another", "set": "sets", "listed": "assigns all of", "added": "adds", "removed": "removes"}
 
 
@@ -42,7 +44,10 @@ class Watch:
             if n.verb == "named" and not any(same_class(what_is(node), n.value) for node in reach(before, n.path))
         ]
         kept = []
-        for one in [*self.said, *([] if is_base else [n for n in new if not _restated(n, renamed, before)])]:
+        watched = [] if is_base else [n for n in new if not _restated(n, renamed, before)]
+        if MODEL in [n.path for n in renamed] and not is_flag(source):
+            watched = [n for n in watched if n.path == MODEL]
+        for one in [*self.said, *watched]:
             if one.holds(after):
                 kept.append(one)
                 continue

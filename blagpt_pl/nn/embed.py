@@ -1,7 +1,8 @@
-"""Embeddings that say where a token stands.
+"""Embeddings of what is no token: where one stands, and what stands before the first.
 
 LearnedPositions  Radford et al. 2019 (GPT-2): one learned vector for each position, added to the token's
-Cost              context · D parameters
+StartVector       one learned vector that stands before a sequence, as trainable padding does (Yu et al. 2023, arXiv:2305.07185)
+Cost              context · D parameters, and D
 """
 
 import torch
@@ -23,3 +24,19 @@ class LearnedPositions(Positions):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.table(torch.arange(tokens.shape[-1], device=tokens.device))  # (T, D)
+
+
+class StartVector(nn.Module):
+    """A learned vector before every sequence, which starts as a row of an embedding does.
+
+    Args:
+        width: of the sequence's vectors.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(width).normal_(std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., T, D) -> (..., T + 1, D)."""
+        return torch.cat((self.vector.to(x.dtype).expand(*x.shape[:-2], 1, -1), x), dim=-2)

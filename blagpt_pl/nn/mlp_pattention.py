@@ -19,13 +19,14 @@ class PattentionMLP(ChannelMixer):
     Args:
         site: where it stands.
         n_tokens: N, parameter tokens.
+        grown_from: how many there were when training began, if some have been added since.
     """
 
-    sizes: ClassVar[dict[str, str]] = {"n_tokens": "width"}
+    sizes: ClassVar[dict[str, str]] = {"n_tokens": "width", "grown_from": "width"}
 
-    def __init__(self, site: Site, n_tokens: int) -> None:
+    def __init__(self, site: Site, n_tokens: int, grown_from: int | None = None) -> None:
         super().__init__()
-        self.out = OutputPattention(site, site.d_model, site.d_model, n_tokens)
+        self.out = OutputPattention(site, site.d_model, site.d_model, n_tokens, grown_from=grown_from)
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         return self.out(x)

@@ -11,15 +11,17 @@ from blagpt_pl.nn.block import Block
 BlockFactory = Callable[[Site], Block]
 
 
-def stack(socket: str, block: BlockFactory, site: Site) -> nn.ModuleList:
-    """As many blocks as the site has layers, each told which one it is.
+def stack(socket: str, block: BlockFactory, site: Site, layers: Iterable[int] | None = None) -> nn.ModuleList:
+    """Blocks, each told which one it is.
 
     Args:
         socket: where the block is set, for the error.
         block: builds one.
-        site: what they share.
+        site: what they share; its `n_layers` is the number of all blocks of the model.
+        layers: the numbers of these among all; all of them by default.
     """
-    return nn.ModuleList(built(socket, block, replace(site, layer=layer)) for layer in range(site.n_layers))
+    numbers = range(site.n_layers) if layers is None else layers
+    return nn.ModuleList(built(socket, block, replace(site, layer=layer)) for layer in numbers)
 
 
 def through(blocks: Iterable[nn.Module], x: Tensor, carry: Carry) -> Tensor:

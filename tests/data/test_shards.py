@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blagpt_pl.data import Shard, ShardSet, find_files, write_shard
+from blagpt_pl.data import Shard, ShardSet, find_files, write_pieces, write_shard
 from blagpt_pl.errors import DataError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared/data/shards"
@@ -71,6 +72,33 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: bytes | None
         Shard.open(path)
     message = str(error.value)
     assert "bad.bin" in message and says in message and "fix: " in message and "\n" not in message
+
+
+def test_pieces_are_the_file_that_they_are_together(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 257, 1000)
+    whole = write_shard(tmp_path / "whole.bin", tokens, 257)
+    pieces = np.split(tokens, [0, 1, 400, 400, 999])
+    joined = write_pieces(tmp_path / "joined.bin", (piece for piece in pieces), 257)
+    assert joined.path.read_bytes() == whole.path.read_bytes()
+    assert joined.n_tokens == 1000
+
+
+def test_pieces_that_fail_leave_the_old_file(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.bin", [1, 2], 257).path
+    before = path.read_bytes()
+
+    def stops() -> Iterator[np.ndarray]:
+        yield np.arange(5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pieces(path, stops(), 257)
+    with pytest.raises(DataError, match=r"a\.bin: token ids 0 to 257 \(expected 0 to 256\)"):
+        write_pieces(path, [np.arange(5), np.arange(258)], 257)
+    with pytest.raises(DataError, match=r"a\.bin: 0 tokens"):
+        write_pieces(path, [np.arange(0)], 257)
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == before
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

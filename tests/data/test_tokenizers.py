@@ -32,6 +32,9 @@ def check(tokenizer: Tokenizer, text: str) -> None:
     assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int64
     assert lengths[tokenizer.end_of_text] == 0
     assert lengths[tokens].sum() == len(text.encode())
+    pieces = tokenizer.token_bytes()
+    assert [len(piece) for piece in pieces] == lengths.tolist()
+    assert b"".join(pieces[token] for token in tokens) == text.encode()
 
 
 @given(st.text())

@@ -1,28 +1,14 @@
 """Every configuration that is shipped: it parses, layers, and is the model that it says it is."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
+from shipped import CONFIGS, built
 
-from blagpt_pl.lab import parts
-from blagpt_pl.lab.layers import from_arguments
-from blagpt_pl.lab.train import BlagptCLI, run
+from blagpt_pl.lab.train import run
 from blagpt_pl.nn.base import count
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COMPLETE = sorted(p.name for p in CONFIGS.glob("*.yaml"))
-
-
-def built(name: str, *words: str) -> BlagptCLI:
-    """The model and data of a shipped configuration; the model without memory."""
-    parts.import_all()
-    tree = from_arguments(["--config", str(CONFIGS / name), *words]).tree
-    for key in ("callbacks", "precision"):
-        tree["trainer"].pop(key, None)
-    with torch.device("meta"):
-        return BlagptCLI("fit", tree, run=False)
 
 
 @pytest.mark.parametrize(

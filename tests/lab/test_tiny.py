@@ -14,7 +14,7 @@ from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.layers import Layers
 from blagpt_pl.lab.model_of import layers_for, model_of
 from blagpt_pl.lab.sizes import class_of, measured, sizes_of
-from blagpt_pl.lab.smaller import fewer_heads, narrower, shorter, shorter_in_steps, stream_width
+from blagpt_pl.lab.smaller import fewer_heads, flat, narrower, shorter, shorter_in_steps, stream_width
 from blagpt_pl.lab.tiny import tiny, tiny_model, what_shrank
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.attention.attention import Attention
@@ -52,8 +52,9 @@ def test_every_shipped_configuration(names: tuple[str, ...]) -> None:
     small = tiny(given.tree)
     model = model_of(given, small)
     assert sum(p.numel() for p in model.parameters()) < 500_000
-    assert (len(model.blocks), model.vocab_size, model.context) == (2, 97, 48)
-    assert 32 <= model.embedding.embedding_dim <= 64
+    depths = measured(small["model"])["layers"]  # of its stacks
+    assert (max(flat(depths)), model.vocab_size, model.context) == (2, 97, 48)
+    assert 32 <= small["model"]["init_args"]["d_model"] <= 64
     assert small["model"]["init_args"].get("compile") is None
     assert tiny(small) == small
     assert given.tree == before
@@ -61,7 +62,7 @@ def test_every_shipped_configuration(names: tuple[str, ...]) -> None:
     if names[0] != "blagpt.yaml" and len(names) > 1:  # parsing takes time
         return
     full = copy.deepcopy(given.tree)
-    full["model"]["init_args"]["n_layers"] = 2
+    full["model"]["init_args"] |= depths
     with torch.device("meta"):
         assert classes(model_of(given, full)) == classes(model)
 

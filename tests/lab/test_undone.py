@@ -137,6 +137,25 @@ def test_what_holds_or_is_said_anew_is_none(layers: list, tmp_path: Path) -> Non
     merged(tmp_path, *layers)
 
 
+OWN = "model: {class_path: M2, init_args: {width: 4, attention: {class_path: A, init_args: {edits: [R]}}, mlp: {class_path: P, init_args: {tokens: 3}}}}"
+
+
+def test_a_file_with_a_model_of_its_own_is_a_base_too(tmp_path: Path) -> None:
+    after = ["model.mlp: {class_path: G, init_args: {activation: SiLU}}", SHIFT, "model.width: 5"]
+    model = merged(tmp_path, OWN, *after).tree["model"]["init_args"]
+    assert model["mlp"] == {"class_path": "G", "init_args": {"activation": "SiLU"}} and model["width"] == 5
+    for layers, words in (
+        ([OWN, "model: {class_path: M3}"], "2.yaml: names another model, which drops model that .*1.yaml set"),
+        ([SHIFT, OWN], r"names another model, which drops model.attention.edits\[K\]"),
+        ([OWN, SHIFT, "model.attention: L"], r"names another model.attention, which drops model.attention.edits\[K\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            merged(tmp_path, *layers)
+    same = "model: {class_path: M, init_args: {mlp: {class_path: P}}}"  # a difference, though it names the model
+    with pytest.raises(ConfigError, match="names another model.mlp, which drops model.mlp that"):
+        merged(tmp_path, same, "model.mlp: {class_path: G}")
+
+
 def test_the_base_may_be_differed_from_at_will(tmp_path: Path) -> None:
     merged(tmp_path, ("model", "Other"))
     merged(tmp_path, "model.attention: L\nmodel.mlp: P\noptimizer: Muon\nmodel.norm: X")

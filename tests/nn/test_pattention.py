@@ -31,9 +31,12 @@ def tokenformer(**changes: object) -> BlaGPT:
     return tiny(**{"block": tokens, "norm": LayerNorm, "init": GPT2Init(zero_outputs=False), **changes})
 
 
-def written_out(keys: Tensor, values: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The twin: keys (N, D_in) and values (N, D_out) as the paper has them, one vector x (D_in), one token at a time."""
-    n = len(keys)
+def written_out(keys: Tensor, values: Tensor, x: Tensor, eps: float, n: int | None = None) -> Tensor:
+    """The twin: keys (N, D_in) and values (N, D_out) as the paper has them, one vector x (D_in), one token at a time.
+
+    Under the root stands n, all tokens by default.
+    """
+    n = len(keys) if n is None else n
     scores = [sum(k * y for k, y in zip(key.tolist(), x.tolist(), strict=True)) for key in keys]
     length = (sum(a * a for a in scores) + n * eps) ** 0.5
     y = torch.zeros(values.shape[1], dtype=x.dtype)
@@ -126,6 +129,126 @@ def test_new_tokens_with_zero_keys_add_nothing_but_rescale_the_others() -> None:
     assert (grown[0] - nn.functional.gelu(unit) @ values).abs().max() < 1e-5
 
 
+# ---------------------------------------------------------------------- growing
+
+
+def grown_out_of(part: Pattention, n_tokens: int, **options: float) -> Pattention:
+    """One with more tokens that has taken over those of a smaller one."""
+    options = {"grown_from": part.mean_over, "eps": part.eps, **options}
+    larger = Pattention(SITE, part.keys.shape[1], len(part.values), n_tokens, **options).to(part.keys.dtype)
+    larger.load_state_dict(larger.grown(part.state_dict()))
+    return larger
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from([1e-6, 0.3, 20.0]), st.integers(0, 99))
+def test_a_grown_one_equals_its_twin(n: int, more: int, eps: float, seed: int) -> None:
+    """Values and gradients, whatever its tokens have become."""
+    torch.manual_seed(seed)
+    part = shake(pattention(4, 3, n + more, eps=eps, grown_from=n), std=1.0, seed=seed)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    twin = torch.stack([written_out(part.keys, part.values.T, row, eps, n) for row in x])
+    assert (part(x) - twin).abs().max() < 1e-12
+    a = x @ part.keys.T
+    naive = nn.functional.gelu(a / (a.square().sum(-1, keepdim=True) / n + eps).sqrt()) @ part.values.T
+    weights = torch.randn_like(naive)
+    tensors = (x, part.keys, part.values)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), tensors) for y in (part(x), naive))
+    assert all(
+        (one - other).abs().max() < 1e-10 * (1 + other.abs().max()) for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.3, 20.0])
+def test_growing_changes_no_output(eps: float) -> None:
+    """Section 3.3, once and once more; as the number of tokens goes under the root instead, it does."""
+    part, x = shake(pattention(eps=eps), std=1.0), torch.randn(4, 6, dtype=torch.float64)
+    once = grown_out_of(part, 10)
+    twice = grown_out_of(shake(once, std=1.0), 25)
+    assert twice.mean_over == once.mean_over == len(part.keys) == 7
+    assert (twice(x) - once(x)).abs().max() < 1e-12
+    assert (grown_out_of(part, 10)(x) - part(x)).abs().max() < 1e-12
+    counting_all = with_tokens(twice.keys, twice.values.T, eps=eps)
+    assert (counting_all(x) - once(x)).abs().max() > 1e-3
+
+
+def test_the_mean_of_a_grown_one_is_made_as_ever() -> None:
+    """In float32 within its rounding, in bfloat16 within its own; one that has not grown computes as it always did."""
+    part, x = shake(Pattention(SITE, 32, 32, 64)), torch.randn(64, 32)
+    assert (grown_out_of(part, 256)(x) - part(x)).abs().max() < 1e-6 * part(x).abs().max()
+    weights = nn.functional.gelu(nn.functional.rms_norm(x @ part.keys.T, (64,), eps=1e-6))
+    assert torch.equal(part(x), weights @ part.values.T)
+    low = part.bfloat16()
+    assert (grown_out_of(low, 256)(x.bfloat16()) - low(x.bfloat16())).abs().max() < 0.01 * low(x.bfloat16()).abs().max()
+
+
+def test_new_tokens_start_with_keys_of_zero_and_learn() -> None:
+    """Their values are not zero, not even where outputs are to be: a token with neither would never have a gradient."""
+    part = OutputPattention(SITE, 6, 5, 40, grown_from=30)
+    for std, old in ((0.02, part.value_std), (0.0, 0.0)):
+        part.start_output(std)
+        assert part.values[:, :30].std().item() == pytest.approx(old, rel=0.3)
+        assert part.values[:, 30:].std().item() == pytest.approx(part.value_std, rel=0.3)
+        assert part.keys[:30].all() and not part.keys[30:].any()
+        y = part(torch.randn(3, 6))
+        assert y.any() == bool(std)
+        part.keys.grad = None
+        y.square().sum().backward() if std else y.sum().backward()
+        assert part.keys.grad[30:].all()
+
+
+def test_a_checkpoint_says_what_its_mean_is_over() -> None:
+    assert list(pattention().state_dict()) == ["keys", "values"]
+    state = pattention(n_tokens=9, grown_from=7).state_dict()
+    assert list(state) == ["keys", "values", "counted"]
+    assert state["counted"].dtype == torch.int64 and state["counted"].item() == 7
+    with pytest.raises(RuntimeError, match="counted: grown_from is 7 there, 6 here"):
+        pattention(n_tokens=9, grown_from=6).load_state_dict(state)
+    for strange in ({"n_tokens": 9}, {"n_tokens": 9, "grown_from": 6}):
+        with pytest.raises(RuntimeError, match="counted"):
+            pattention(**strange).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ((7, None), (9, None), "a mean over 7 tokens there, over 9 here; fix: grown_from: 7"),
+        ((7, None), (9, 5), "a mean over 7 tokens there, over 5 here; fix: grown_from: 7"),
+        ((7, 4), (9, 7), "a mean over 4 tokens there, over 7 here; fix: grown_from: 4"),
+        ((7, 4), (7, None), "a mean over 4 tokens there, over 7 here; fix: grown_from: 4"),
+        ((7, None), (7, 4), "a mean over 7 tokens there, over 4 here; fix: leave grown_from out"),
+        ((7, None), (6, None), r"7 tokens there, 6 here \(expected as many or more\); fix: n_tokens: 7"),
+    ],
+)
+def test_growth_that_would_change_the_function_is_refused(old: tuple, new: tuple, message: str) -> None:
+    donor, part = (pattention(n_tokens=n, grown_from=n_0) for n, n_0 in (old, new))
+    with pytest.raises(ValueError, match=message):
+        part.grown(donor.state_dict())
+
+
+def test_what_is_no_smaller_pattention_is_handed_on() -> None:
+    part = pattention()
+    for strange in ({}, {"weight": part.keys}, pattention(d_in=5).state_dict(), pattention(d_out=4).state_dict()):
+        assert part.grown(strange) is strange
+
+
+def test_a_grown_tokenformer_keeps_all_promises() -> None:
+    grown = block(
+        norm=plain_norm,
+        attention=partial(mixer, n_tokens=2 * N, grown_from=N),
+        mlp=partial(PattentionMLP, n_tokens=4 * N, grown_from=2 * N),
+    )
+    model = tokenformer(block=grown, init=GPT2Init(zero_outputs=True))
+    small, around = tokenformer(), V * D + 2 * D
+    more = count(small.parameters()) - around
+    assert count(model.parameters()) == count(small.parameters()) + more
+    assert model.flops_per_token() == small.flops_per_token() + 6 * more
+    check_model(model)
+
+
+# ---------------------------------------------------------------------- as it starts, and its size
+
+
 @pytest.mark.parametrize(("n_layers", "width"), [(2, 32), (12, 128)])
 def test_standard_deviations(n_layers: int, width: int) -> None:
     part = Pattention(Site(width, n_layers, 0, V, T), 64, 48, 512)
@@ -210,9 +333,10 @@ def test_the_norm_is_made_in_float32() -> None:
     assert differing(torch.bfloat16) > 0.3
 
 
-def test_it_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("grown_from", [None, 12])
+def test_it_compiles_without_a_break(grown_from: int | None) -> None:
     torch._dynamo.reset()
-    part = shake(mixer(SITE))
+    part = shake(mixer(SITE, grown_from=grown_from))
     x = torch.randn(2, 13, D)
     compiled = torch.compile(part, backend="aot_eager", fullgraph=True, dynamic=False)(x, carry_of(x))
     assert (compiled - part(x, carry_of(x))).abs().max() < 1e-6
@@ -236,6 +360,9 @@ def test_a_layer_norm_learns_what_it_is_asked_to(gain: bool, bias: bool) -> None
         (partial(Pattention, SITE, 4, 4, 0), r"layer 0: Pattention with n_tokens=0 \(expected 1 or more\)"),
         (partial(Pattention, SITE, 4, 4, 4, eps=0.0), r"layer 0: Pattention with eps=0.0 \(expected above 0"),
         (partial(PattentionMLP, SITE, n_tokens=-1), "n_tokens=-1"),
+        (partial(Pattention, SITE, 4, 4, 4, grown_from=4), r"layer 0: .* grown_from=4, n_tokens=4 \(expected fewer"),
+        (partial(PattentionMLP, SITE, n_tokens=4, grown_from=0), "grown_from=0, n_tokens=4 .*; fix: leave grown_from"),
+        (partial(mixer, SITE, grown_from=N + 1), "grown_from=49, n_tokens=48"),
         (partial(mixer, SITE, n_heads=5), "d_model=32 does not split into n_heads=5"),
         (partial(mixer, SITE, n_kv_heads=3), "does not group into n_kv_heads=3"),
     ],

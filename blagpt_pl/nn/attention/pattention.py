@@ -27,9 +27,10 @@ class PattentionAttention(HeadPipeline):
         edits: edits of the heads, applied in the order written.
         n_kv_heads: G, key/value heads; H by default.
         head_dim: K, width of a head; D / H by default.
+        grown_from: how many tokens each had when training began, if some have been added since.
     """
 
-    sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "n_tokens": "width"}
+    sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "n_tokens": "width", "grown_from": "width"}
 
     def __init__(
         self,
@@ -40,13 +41,16 @@ class PattentionAttention(HeadPipeline):
         edits: list[HeadEditFactory] | None = None,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        grown_from: int | None = None,
     ) -> None:
         heads = heads_of(site, n_heads, n_kv_heads, head_dim)
         super().__init__(heads, core, edits)
-        self.q = Pattention(site, site.d_model, heads.n * heads.dim, n_tokens)
-        self.k = Pattention(site, site.d_model, heads.n_kv * heads.dim, n_tokens)
-        self.v = Pattention(site, site.d_model, heads.n_kv * heads.dim, n_tokens)
-        self.out = OutputPattention(site, heads.n * heads.dim, site.d_model, n_tokens)
+        width = heads.n * heads.dim
+        width_kv = heads.n_kv * heads.dim
+        self.q = Pattention(site, site.d_model, width, n_tokens, grown_from=grown_from)
+        self.k = Pattention(site, site.d_model, width_kv, n_tokens, grown_from=grown_from)
+        self.v = Pattention(site, site.d_model, width_kv, n_tokens, grown_from=grown_from)
+        self.out = OutputPattention(site, width, site.d_model, n_tokens, grown_from=grown_from)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (p(x).unflatten(-1, (-1, self.heads.dim)).transpose(1, 2) for p in (self.q, self.k, self.v))

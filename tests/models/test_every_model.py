@@ -1,0 +1,137 @@
+"""What holds of every architecture in configs/models/, at the tiny size of `blagpt check`: graphs, techniques, text, FLOPs.
+
+The overlays of configs/techniques/ that a model does not take stand in docs/models/README.md with their reason, and exactly those
+are refused.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Graphs
+from overlaid import LENGTHS, TECHNIQUES, built, check_no_future, fingerprint, merged, parsed, train
+from shipped import CONFIGS, MODELS
+from shipped import built as built_whole
+
+from blagpt_pl.data.shards import HEADER_BYTES
+from blagpt_pl.data.tokenizers import GPT2Tokenizer
+from blagpt_pl.errors import ConfigError
+from blagpt_pl.lm import LanguageModel
+from blagpt_pl.nn.base import count
+from blagpt_pl.nn.flops import count_flops
+
+PAGE = CONFIGS.parent / "docs" / "models" / "README.md"
+
+
+@cache
+def excluded() -> dict[tuple[str, str], str]:
+    """Pairs of a model and a technique that do not combine, and why: rows `| model | techniques | reason |`."""
+    rows = re.findall(r"^\| (`[^|]*`) \| (`[^|]*`) \| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {
+        (model, technique): reason
+        for models, techniques, reason in rows
+        for model in re.findall(r"`(\w+)`", models)
+        for technique in re.findall(r"`(\w+)`", techniques)
+    }
+
+
+@cache
+def plain(model: str) -> tuple:
+    return fingerprint(built(merged(model=model)))
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_technique_composes(model: str, technique: str) -> None:
+    reason = excluded().get((model, technique))
+    try:
+        made = built(merged(technique, model=model))
+    except ConfigError as error:
+        assert reason is not None, f"{technique} on {model}: {error}; a reason belongs in docs/models/README.md"
+        return
+    assert reason is None, f"{technique} works on {model}, but docs/models/README.md says: {reason}"
+    alike = merged(technique, model=model) == merged(model=model)  # tiny, where at full size they are not
+    assert alike or fingerprint(made) != plain(model), f"{technique}.yaml changes nothing of {model}"
+    train(made)
+    check_no_future(made, LENGTHS[0], True, f"{model}+{technique}")
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"tokenformer"}))  # whose class the baseline has
+def test_trunk_and_loss_are_one_graph(model: str) -> None:
+    """With `whole_graph` nothing breaks it, and it computes what the eager one does."""
+    torch._dynamo.reset()
+    seen = Graphs()
+    eager, whole = (built(merged(model=model)) for _ in range(2))
+    fingerprint(eager)  # moves every parameter off its start
+    whole.load_state_dict(eager.state_dict())
+    whole.whole_graph = True
+    whole.compile_regions(seen)
+    tokens = torch.randint(eager.vocab_size, (2, LENGTHS[1] + 1))
+    found = []
+    for one in (eager, whole):
+        total, parts = one.train().objective(tokens[:, :-1], tokens[:, 1:])
+        gradients = torch.autograd.grad(total, list(one.parameters()))
+        with torch.inference_mode():
+            nats = one.eval().measure(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+        found.append([total, *parts.values(), *gradients, nats])
+    torch._dynamo.reset()
+    assert max((a - b).abs().max().item() for a, b in zip(*found, strict=True)) < 2e-6
+    assert len(seen.seen) == 2  # to train and to measure
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_of_it_is_counted(model: str) -> None:
+    """No operation without a rule; and the account of the full size is made without memory."""
+    full = built_whole("blagpt.yaml", "--config", str(MODELS[model])).model
+    flops = count_flops(full, full.context)
+    assert not flops.uncounted
+    assert flops.backward_per_token == pytest.approx(2 * flops.forward_per_token, rel=1e-3)
+    assert 60e6 < count(full.parameters()) < 200e6
+    assert f"{count(full.parameters()):,}" in MODELS[model].read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_its_page_says_what_it_costs(model: str) -> None:
+    full = built_whole("blagpt.yaml", "--config", str(MODELS[model])).model
+    pages = [page.read_text() for page in PAGE.parent.glob("*.md") if page != PAGE]
+    (page,) = [text for text in pages if f"configs/models/{model}.yaml" in text.partition("## ")[0]]
+    assert f"{count(full.parameters()):,}" in page
+    assert f"{count_flops(full, full.context).per_token:,}" in page
+    assert "```mermaid" in page
+
+
+@pytest.fixture(scope="module")
+def text(shards: Path) -> torch.Tensor:
+    """Real text from the shards, character by character: ASCII from space to tilde as 0 ... 94, a new line 95, all else 96."""
+    tokens = np.fromfile(shards / "shards" / "webtext_train_000004.bin", np.uint16, 50_000, offset=HEADER_BYTES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(shards / "tiktoken-cache"))
+        characters = np.frombuffer(GPT2Tokenizer().decode(tokens.tolist()).encode(), np.uint8).astype(np.int64)
+    ids = np.where((characters >= 32) & (characters < 127), characters - 32, np.where(characters == 10, 95, 96))
+    return torch.from_numpy(ids)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_learns_real_text(model: str, text: torch.Tensor) -> None:
+    """Its next-token loss falls well below that of the best prediction that looks at no character."""
+    made: LanguageModel = parsed(merged(model=model))
+    p = torch.bincount(text, minlength=made.vocab_size) / len(text)
+    goal = -(p * p.clamp(min=1e-9).log()).sum().item() - 0.1  # nats; 0.1 below the unigram model
+    optimizer = torch.optim.AdamW(made.train().parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    losses, size = [4.6], 48
+    while sum(losses[-10:]) / min(10, len(losses)) > goal and len(losses) < 300:
+        starts = torch.randint(len(text) - size - 1, (8,))
+        batch = torch.stack([text[i : i + size + 1] for i in starts])
+        optimizer.zero_grad()
+        total, parts = made.objective(batch[:, :-1], batch[:, 1:])
+        total.backward()
+        optimizer.step()
+        losses.append(parts["loss"].item())
+    assert losses[1] > goal + 1
+    assert sum(losses[-10:]) / min(10, len(losses)) <= goal, (
+        f"{losses[-1]:.3f} nats after {len(losses)} steps, {goal:.3f} to be reached"
+    )
+    assert made.generate(text[None, :5], 9).shape == (1, 14)
