@@ -61,6 +61,7 @@ class LanguageModel(L.LightningModule):
     """
 
     head: Head
+    head_passes: int = 1  # how many times the loss applies the head to a token; those of `losses` come on top
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ def work_of(
             f"{tokens} tokens"
         )
     model = memory.model
-    passes = 1 + sum(term.head_passes for term in model.losses)
+    passes = model.head_passes + sum(term.head_passes for term in model.losses)
     return Work(
         flops_per_token=flops_per_token,
         attention_flops_per_token=attention_flops_per_token,

@@ -124,6 +124,7 @@ class FTP(TokenModel):
             raise ValueError(f"model.gamma: {gamma} (expected above 0, and at most 1)")
         self.begin(d_model, dropout, n_layers=n_layers, n_decoder_layers=n_decoder_layers, pseudo=pseudo)
         self.future, self.pseudo = future, pseudo
+        self.head_passes = future
         self.weights = [float(gamma) ** n for n in range(future)]
         count = n_layers + n_decoder_layers
         site = Site(d_model, count, 0, vocab_size, context)

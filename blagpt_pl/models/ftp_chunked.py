@@ -63,7 +63,8 @@ class ChunkedFTP(TokenModel):
         whole_graph: compile trunk and loss as one graph instead of block by block.
 
     Raises:
-        ValueError: a chunk of one token, among which none attends, or one that leaves no other beside it in the context.
+        ValueError: a chunk of one token, among which none attends, or one that leaves no other beside it in the context, a norm
+            without a gain.
     """
 
     sizes: ClassVar[dict[str, str]] = {
@@ -114,11 +115,15 @@ class ChunkedFTP(TokenModel):
         self.encoder_norm = built("model.norm", norm, d_model)
         self.spread = StackedLinear(d_model, [d_model] * chunk, bias=False)
         self.spread_norm = built("model.norm", norm, d_model)
+        if getattr(self.spread_norm, "weight", None) is None:
+            raise ValueError(
+                f"model.norm: {type(self.spread_norm).__name__} has no gain that what a chunk's states are spread by could "
+                "start at zero with; fix: a norm that learns a gain, such as RMSNorm"
+            )
+        nn.init.zeros_(self.spread_norm.weight)  # before `init`, which may have weights of a file
         self.slots = LearnedPositions(replace(site, context=chunk))
         self.decoder = stack("model.block", in_chunks, site, range(n_layers, count))
         self.end(replace(site, layer=count - 1), in_chunks, norm, head, init, losses, token_bias)
-        if getattr(self.spread_norm, "weight", None) is not None:
-            nn.init.zeros_(self.spread_norm.weight)
 
     def regions(self) -> Iterable[nn.Module]:
         return [*self.encoder, *self.decoder]

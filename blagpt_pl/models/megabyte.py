@@ -24,6 +24,7 @@ from blagpt_pl.lm import OptimizerFactory, ScheduleFactory
 from blagpt_pl.losses.choice import LossName
 from blagpt_pl.losses.term import LossTermFactory
 from blagpt_pl.nn.base import Carry, HeadFactory, Init, NormFactory, PositionsFactory, Site
+from blagpt_pl.nn.block import Block
 from blagpt_pl.nn.embed import StartVector
 from blagpt_pl.nn.memory import MemoryPolicy
 from blagpt_pl.nn.stack import BlockFactory, stack, through
@@ -119,7 +120,12 @@ class MegaByte(TokenModel):
         self.spread = nn.Linear(width, d_local, bias=False)
         within, socket = (block, "model.block") if local_block is None else (local_block, "model.local_block")
         self.local_blocks = stack(socket, within, fine, range(n_layers, count))
-        self.end(replace(fine, layer=count - 1), within, norm, head, init, losses, token_bias)
+
+        def in_patches(site: Site) -> Block:
+            return within(replace(site, context=patch))
+
+        # terms and head see the sequence, blocks in the last one's place a patch
+        self.end(replace(fine, layer=count - 1, context=context), in_patches, norm, head, init, losses, token_bias)
 
     def regions(self) -> Iterable[nn.Module]:
         return [*self.blocks, *self.local_blocks]

@@ -5,6 +5,7 @@ are refused.
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from helpers import Graphs
 from overlaid import LENGTHS, TECHNIQUES, built, check_no_future, fingerprint, merged, parsed, train
 from shipped import CONFIGS, MODELS
 from shipped import built as built_whole
+from torch import Tensor, nn
 
 from blagpt_pl.data.shards import HEADER_BYTES
 from blagpt_pl.data.tokenizers import GPT2Tokenizer
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lm import LanguageModel
-from blagpt_pl.nn.base import count
+from blagpt_pl.nn.attention.attention import HeadPipeline
+from blagpt_pl.nn.attention.cross import Cross
+from blagpt_pl.nn.base import Carry, Heads, count
+from blagpt_pl.nn.block import Branch
 from blagpt_pl.nn.flops import count_flops
+from blagpt_pl.nn.pooling import Pool
+from blagpt_pl.nn.upsampling import Upsample
+from blagpt_pl.testing.subject import random_tokens
 
 PAGE = CONFIGS.parent / "docs" / "models" / "README.md"
 
@@ -82,6 +90,59 @@ def test_trunk_and_loss_are_one_graph(model: str) -> None:
     assert len(seen.seen) == 2  # to train and to measure
 
 
+def heads_in(modules: Iterable[nn.Module]) -> list[Heads]:
+    """Of every attention within a block, in the order of the model."""
+    return [m.heads for module in modules for m in module.modules() if isinstance(m, HeadPipeline)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_are_regions_and_are_numbered(model: str) -> None:
+    """What is not among the regions is neither compiled, nor sharded apart, nor recomputed, and nobody would notice."""
+    made = built(merged(model=model))
+    regions = list(made.regions())
+    within = [id(p) for region in regions for p in {*region.parameters()}]
+    assert len({*map(id, regions)}) == len(regions) and len({*within}) == len(within)
+    for module in made.modules():
+        if isinstance(module, Branch | Cross | Pool | Upsample):
+            assert {id(p) for p in module.parameters()} <= {*within}, type(module)
+    sites = [heads.site for heads in heads_in([made])]
+    assert sorted(site.layer for site in sites) == list(range(len(sites)))
+    assert {site.n_layers for site in sites} == {len(sites)}
+    assert [heads.site.layer for heads in heads_in(regions)] == list(range(len(sites)))
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - {"ftp"}))  # which refuses it
+def test_further_heads_are_built_where_the_last_block_stands(model: str) -> None:
+    made = built(merged("multi_token", model=model))
+    (term,) = made.losses
+    last = max(heads_in(made.regions()), key=lambda heads: heads.site.layer)
+    assert heads_in(term.blocks) == [last] * len(term.blocks)
+
+
+DROPPED = {"ftp": 2, "ftp_seed": 2, "megabyte": 2}  # streams that tokens enter, where there is more than one
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_stream_is_told_how_it_entered_and_what_tokens_enter_is_dropped(model: str) -> None:
+    tree = merged(model=model)
+    tree["model"]["init_args"]["dropout"] = 0.25
+    made = built(tree).train()
+    entered: dict[int, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, Carry]) -> None:
+        x, carry = args
+        if id(carry.x0) not in entered:
+            assert x is carry.x0
+            entered[id(carry.x0)] = x
+
+    for region in made.regions():
+        region.register_forward_pre_hook(note)
+    tokens = random_tokens(made, 2, LENGTHS[1])
+    made.objective(tokens, tokens)
+    shares = [(x == 0).float().mean().item() for x in entered.values()]
+    assert sum(0.15 < share < 0.6 for share in shares) == DROPPED.get(model, 1)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_all_of_it_is_counted(model: str) -> None:
     """No operation without a rule; and the account of the full size is made without memory."""
@@ -101,6 +162,8 @@ def test_its_page_says_what_it_costs(model: str) -> None:
     assert f"{count(full.parameters()):,}" in page
     assert f"{count_flops(full, full.context).per_token:,}" in page
     assert "```mermaid" in page
+    (row,) = [line for line in PAGE.read_text().splitlines() if line.startswith("| [") and f"| `{model}` |" in line]
+    assert f"| {count(full.parameters()):,} | {count_flops(full, full.context).per_token:,} |" in row
 
 
 @pytest.fixture(scope="module")

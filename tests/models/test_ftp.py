@@ -11,6 +11,8 @@ from shipped import MODELS, built
 from torch import Tensor
 from torch.nn import functional as F
 
+from blagpt_pl.lab.memory import step_memory
+from blagpt_pl.lab.predict import work_of
 from blagpt_pl.losses.multi_token import MultiToken
 from blagpt_pl.losses.next_token import IGNORE
 from blagpt_pl.losses.z_loss import ZLoss
@@ -23,6 +25,7 @@ from blagpt_pl.nn.flops import count_flops
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.norm import RMSNorm
+from blagpt_pl.nn.roles import splits_of
 from blagpt_pl.nn.stack import through
 from blagpt_pl.optim.schedule import Constant
 from blagpt_pl.testing import check_model
@@ -282,6 +285,7 @@ def test_one_table_embeds_for_both_and_the_last_norm_is_not_the_encoders() -> No
     names = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     assert names == {"embedding", "slots.table"}
     assert model.encoder_norm is not model.norm
+    assert splits_of(model)["expand.weight"] == (D,) * P  # an optimizer of matrices takes each vector's map alone
     assert [m.layer for m in (layer.attention.part.heads.site for layer in model.encoder)] == [0, 1]
     site = model.decoder[0].block.attention.part.heads.site
     assert (site.layer, site.n_layers, site.context) == (ENCODER, ENCODER + DECODER, N)
@@ -342,6 +346,11 @@ def test_parameters_and_flops_are_the_closed_formulas() -> None:
         assert found.uncounted == {}
         assert (found.forward_per_token, found.backward_per_token) == (forward, 2 * forward)
     assert model.flops_per_token() == 3 * flops(V, D, H, G, FF, N, P, ENCODER, DECODER, T)
+
+
+def test_the_predicted_time_knows_the_logits_of_every_slot() -> None:
+    memory = step_memory(ftp, T, "bf16-mixed", compiled=False)
+    assert work_of(memory, 2, 96, 1, 1000, 100).logits_per_token == N * V
 
 
 def test_the_shipped_configuration() -> None:

@@ -1,6 +1,7 @@
 """Chunked FTP is a loop over chunks, each with the states of the one before; the original's leak would be noticed."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from blagpt_pl.nn.embed import LearnedPositions
 from blagpt_pl.nn.flops import count_flops
 from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.init import GPT2Init
-from blagpt_pl.nn.norm import RMSNorm
+from blagpt_pl.nn.init_from import FromCheckpoint
+from blagpt_pl.nn.norm import LayerNorm, RMSNorm
+from blagpt_pl.nn.roles import splits_of
 from blagpt_pl.nn.stack import through
 from blagpt_pl.optim.schedule import Constant
 from blagpt_pl.testing import check_model
@@ -204,11 +207,22 @@ def test_its_parts_are_told_where_they_stand() -> None:
     assert [(s.layer, s.n_layers, s.context) for s in sites] == [(0, 3, T), (1, 3, T), (2, 3, N)]
     assert list(model.regions()) == [*model.encoder, *model.decoder]
     assert model.encoder_norm is not model.norm
+    assert splits_of(model)["spread.weight"] == (D,) * N  # an optimizer of matrices takes each slot's map alone
     tokens, _ = batch(model, 2, 10)
     x, carry = model.trunk(tokens)
     assert x.shape == carry.x0.shape == carry.memo["context"].shape == (6, N, D)
     assert carry.tokens.shape == (6, N)
     assert torch.equal(carry.memo["tokens"], tokens)
+
+
+def test_a_model_that_starts_from_a_checkpoint_is_the_same_function(tmp_path: Path) -> None:
+    """Its own start, a gain of 0, does not come after the file's weights."""
+    donor = shake(chunked())
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "donor.ckpt")
+    start = GPT2Init(zero_outputs=True)
+    model = chunked(init=FromCheckpoint(str(tmp_path / "donor.ckpt"), start))
+    assert all(torch.equal(a, b) for a, b in zip(donor.parameters(), model.parameters(), strict=True))
+    assert not chunked(init=start).spread_norm.weight.any()
 
 
 def test_it_learns() -> None:
@@ -233,6 +247,10 @@ def test_it_learns() -> None:
         ({"n_layers": 0}, r"model\.n_layers: 0 \(expected 1 or more\)"),
         ({"losses": [partial(MultiToken, n=25)]}, r"MultiToken\.n: 25 \(expected 1 to 24, the context\)"),
         ({"cross": None}, r"model\.cross: empty"),
+        (
+            {"norm": partial(LayerNorm, gain=False)},
+            r"model\.norm: LayerNorm has no gain .* fix: a norm that learns a gain",
+        ),
         ({"cross": partial(CrossAttention, n_heads=H, theta=1e4)}, r"CrossAttention\.theta: 10000.0"),
     ],
 )

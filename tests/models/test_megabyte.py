@@ -146,6 +146,17 @@ def test_promises() -> None:
     )
 
 
+def test_more_tokens_are_predicted_than_a_patch_has() -> None:
+    """What further heads may predict is the sequence's; their blocks are local ones, and know a patch."""
+    model = small(losses=[partial(MultiToken, n=P + 2)], local_block=plain)
+    (term,), last = model.losses, model.local_blocks[-1]
+    assert [b.attention.part.heads for b in term.blocks] == [last.attention.part.heads] * (P + 1)
+    _, parts = model.objective(*batch(model))
+    assert len(parts) == P + 2
+    with pytest.raises(ValueError, match=r"MultiToken\.n: 33 \(expected 1 to 32, the context\)"):
+        small(losses=[partial(MultiToken, n=33)])
+
+
 def test_parts_of_a_stream_are_told_the_last_token_known_there() -> None:
     seen = []
 

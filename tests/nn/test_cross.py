@@ -11,6 +11,7 @@ from blagpt_pl.nn.attention import backends
 from blagpt_pl.nn.attention.cross import CrossAttention, read_by_groups, read_by_mask
 from blagpt_pl.nn.attention.edit_rope import angles, rotate
 from blagpt_pl.nn.norm import RMSNorm
+from blagpt_pl.nn.roles import blocks_of, splits_of
 
 
 @pytest.mark.parametrize(("stride", "groups"), [(1, 4), (3, 2), (4, 1), (8, 4)])
@@ -69,10 +70,20 @@ def test_more_sequences_than_a_kernel_takes_are_called_in_pieces(monkeypatch: py
     calls, attention = [], F.scaled_dot_product_attention
 
     def counted(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        calls.append(len(q))
+        calls.append((len(q), *args[3:], *options.values()))
         return attention(q, *args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(backends, "MOST", 3)
     assert torch.equal(backends.causal(q, k, v, 0.0, grouped=True), whole)
-    assert calls == [3, 3, 1]
+    assert calls == [(n, 0.0, True, True) for n in (3, 3, 1)]
+    calls.clear()
+    backends.attend(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), 0.5, grouped=False, is_causal=False)
+    assert calls == [(n, 0.5, False, False) for n in (3, 3, 1)]
+
+
+def test_an_optimizer_of_matrices_sees_keys_and_values_apart() -> None:
+    """And one that scales by heads sees those of queries and keys, while every row of values acts alone."""
+    part = CrossAttention(SITE, None, n_heads=4, n_kv_heads=2)
+    assert splits_of(part) == {"q.weight": (32,), "kv.weight": (16, 16)}
+    assert blocks_of(part) == {"q.weight": ((32, 8),), "kv.weight": ((16, 8), (16, 1))}

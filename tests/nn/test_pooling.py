@@ -130,6 +130,7 @@ def test_an_mlp_is_given_a_carry_of_the_stream_that_it_stands_in() -> None:
         assert torch.equal(carry.tokens, beside)
         assert seen.shape == carry.x0.shape == (*beside.shape, D)
         assert not carry.memo
+    assert torch.equal(up.mlp.seen[0][1].x0, x)  # the stream as it was, without what is added
 
 
 def test_what_maps_into_the_stream_starts_at_zero_where_outputs_do() -> None:
