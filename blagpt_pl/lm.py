@@ -27,7 +27,7 @@ from blagpt_pl.nn.memory import MemoryPolicy
 from blagpt_pl.nn.roles import blocks_of, roles_of, splits_of
 from blagpt_pl.optim.roles import groups_by_role
 from blagpt_pl.optim.schedule import Constant, Schedule
-from blagpt_pl.resume import between_steps, number_by_model, start_afresh
+from blagpt_pl.resume import between_steps, check_fits, number_by_model, start_afresh
 from blagpt_pl.ruler import Ruler
 from blagpt_pl.sampling import sample
 from blagpt_pl.seeding import reseed
@@ -301,7 +301,9 @@ class LanguageModel(L.LightningModule):
         checkpoint["position"] = {"step": checkpoint["global_step"], "seed": self.seed, "window": window}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Take up the means that were being made for the next log."""
+        """See that the weights are this model's, and take up the means that were being made for the next log."""
+        if "state_dict" in checkpoint:
+            check_fits(checkpoint["state_dict"], self)
         window = checkpoint.get("position", {}).get("window", {})
         self._window.sums, self._window.steps = dict(window.get("sums", {})), window.get("steps", 0)
 

@@ -6,11 +6,14 @@ saved counters say "this many steps are complete, nothing is under way", and a r
 The names below are Lightning 2.6's own; `tests/test_resume.py` fails if they change.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
+
+from blagpt_pl.errors import CheckpointError
 
 
 def between_steps(loops: dict[str, Any], step: int) -> None:
@@ -52,3 +55,25 @@ def start_afresh(trainer: L.Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.restarting = False
     loop.val_loop.restarting = False
+
+
+def check_fits(saved: Mapping[str, Any], model: Module) -> None:
+    """Refuse the weights of another model before torch does, which would list every tensor.
+
+    Args:
+        saved: the checkpoint's state dict.
+        model: what it is to be loaded into.
+
+    Raises:
+        CheckpointError: a tensor is missing, has no place, or is of another shape.
+    """
+    own = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+    there = {name: getattr(value, "shape", None) for name, value in saved.items()}
+    fix = f"a checkpoint of this {type(model).__name__}, or the configuration it was trained with"
+    for name in (*own, *there):
+        if name not in there or name not in own:
+            what = f"holds no {name}" if name in own else f"holds {name}, which has no place here"
+            raise CheckpointError(f"ckpt_path: the checkpoint {what}; fix: {fix}")
+        if own[name] != there[name]:
+            shapes = f"{tuple(there[name] or ())} there, {tuple(own[name] or ())} here"
+            raise CheckpointError(f"ckpt_path: {name} is {shapes}; fix: {fix}")

@@ -204,7 +204,7 @@ def check_shape(n_layers: list[int], factors: list[int], context: int) -> None:
         raise ValueError(f"model.factors: {factors} (expected one or more, of 2 or more each)")
     if prod(factors) >= context:
         raise ValueError(
-            f"model.factors: {factors} leave one position of {context} tokens (expected a product below model.context)"
+            f"model.factors: {factors} leave one position of {context} tokens (expected a product below data.context)"
         )
     if len(n_layers) != 2 * len(factors) + 1:
         raise ValueError(

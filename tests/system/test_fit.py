@@ -366,3 +366,18 @@ def test_a_damaged_checkpoint_is_told(trained: Path, here: Path, config: Path, d
     with pytest.raises(CheckpointError, match="bad.ckpt: (damaged|refused)"):
         command("fit", ["--config", str(config), "--ckpt_path", str(bad)])
     assert not (here / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.block.mlp.ratio", "3"], r"blocks.0.mlp.part.gate_up.weight is \(\d+, 32\) there, \(192, 32\) here"),
+        (["--model.n_layers", "3"], r"the checkpoint holds no blocks.2.attention.norm.weight"),
+        (["--model.n_layers", "1"], r"the checkpoint holds blocks.1.attention.norm.weight, which has no place here"),
+    ],
+)
+def test_another_models_checkpoint_is_told(trained: Path, here: Path, config: Path, words: list, message: str) -> None:
+    last = trained / "checkpoints/last.ckpt"
+    with pytest.raises(CheckpointError, match=f"ckpt_path: {message}; fix: a checkpoint of this BlaGPT") as caught:
+        command("fit", ["--config", str(config), *words, "--ckpt_path", str(last)])
+    assert len(str(caught.value).splitlines()) == 1
