@@ -247,7 +247,7 @@ def test_state_that_a_checkpoint_misses_is_found(kind: type, cause: str) -> None
 
 
 def test_a_checkpoint_that_cannot_be_read_is_found() -> None:
-    with pytest.raises(AssertionError, match="the checkpoint cannot be taken up: RuntimeError: .*norm.late"):
+    with pytest.raises(AssertionError, match="the checkpoint cannot be taken up: CheckpointError: .*norm.late"):
         check_resume(around(Grows))
 
 
