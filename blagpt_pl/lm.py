@@ -25,7 +25,7 @@ from blagpt_pl.nn.compiled import check_backend, compiled
 from blagpt_pl.nn.flops import CannotCount, count_flops
 from blagpt_pl.nn.memory import MemoryPolicy
 from blagpt_pl.nn.roles import blocks_of, roles_of, splits_of
-from blagpt_pl.optim.roles import groups_by_role
+from blagpt_pl.optim.roles import groups_by_role, scale_learning_rates
 from blagpt_pl.optim.schedule import Constant, Schedule
 from blagpt_pl.resume import between_steps, check_fits, number_by_model, start_afresh
 from blagpt_pl.ruler import Ruler
@@ -368,9 +368,11 @@ class LanguageModel(L.LightningModule):
         named: list[tuple[str, Parameter]] = list(self.named_parameters())
         groups = groups_by_role(named, self.parameter_roles(), splits_of(self), blocks_of(self))
         try:
-            return self.optimizer_factory(groups)
+            optimizer = self.optimizer_factory(groups)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.optimizer: refuses the groups of this model: {error}") from error
+        scale_learning_rates(optimizer)
+        return optimizer
 
     def configure_optimizers(self) -> dict:
         """The optimizer, and the schedule over all of its groups."""

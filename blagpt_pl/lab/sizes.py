@@ -6,6 +6,7 @@ heads        how many heads: those of one part go together, and the stream's wid
 tokens       a length of text, or a list of lengths: goes with the context
 strides      steps that divide the part's tokens, one each
 layers       how many blocks
+pattern      a word with a letter for each block, which says its kind
 vocabulary   how many different tokens
 
 A class that says nothing of an argument is taken to need it as it is. A subclass has the sizes of the classes above it,
@@ -24,7 +25,7 @@ from blagpt_pl.lab.mistakes import imported, options
 from blagpt_pl.lab.parts import known_classes
 from blagpt_pl.lab.places import CLASS
 
-MEASURES = ("width", "head", "heads", "tokens", "strides", "layers", "vocabulary")
+MEASURES = ("width", "head", "heads", "tokens", "strides", "layers", "pattern", "vocabulary")
 
 
 def class_of(part: object) -> type | None:
@@ -79,7 +80,9 @@ def measured(part: object) -> dict[str, dict[str, object]]:
     said = (part.get("init_args") or {}) if isinstance(part, dict) else {}
     for name, measure in sizes_of(cls).items():
         value = said.get(name, options(cls)[name].default)
-        if _is_size(value) or (isinstance(value, list | tuple) and value and all(map(_is_size, value))):
+        if measure == "pattern" and isinstance(value, str):
+            found.setdefault(measure, {})[name] = value
+        elif _is_size(value) or (isinstance(value, list | tuple) and value and all(map(_is_size, value))):
             found.setdefault(measure, {})[name] = list(value) if isinstance(value, tuple) else value
     return found
 

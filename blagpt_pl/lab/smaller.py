@@ -1,6 +1,7 @@
 """Smaller numbers for the sizes of a part: one rule for each thing that a size is measured in (`lab/sizes.py`).
 
 context      48                              vocabulary   97               layers   2, others in proportion
+pattern      each letter at most twice, in order
 d_model      48; if the heads do not go into it evenly, 4 wide or wider, the first multiple from 32 on into which they do
 heads        as they are; more than 16 divided by a common factor of those of the part
 head         in proportion to d_model, or to the narrowest of the part if that would fall below 4; even
@@ -23,7 +24,7 @@ MOST_HEADS, HEAD = 16, 4  # the latter is the narrowest
 WIDEST = 8  # times the stream
 STRIDES = (24, 12, 8, 4, 2)
 
-Sizes = dict[str, int | list[int]]
+Sizes = dict[str, int | list[int] | str]
 
 
 def flat(values: Sizes) -> list[int]:
@@ -125,3 +126,8 @@ def narrower_heads(dims: Sizes, d_model: tuple[int, int]) -> Sizes:
     least = min((n for n in flat(dims) if n >= HEAD), default=HEAD)
     by = max(share(d_model), Fraction(HEAD, least))
     return each(dims, lambda n: min(n, max(HEAD, even(n * by)))) if by < 1 else dims
+
+
+def fewer_letters(pattern: str) -> str:
+    """A word with each of its letters at most twice, in order."""
+    return "".join(letter for i, letter in enumerate(pattern) if pattern[:i].count(letter) < 2)

@@ -23,6 +23,7 @@ from blagpt_pl.lab.smaller import (
     Sizes,
     each,
     fewer_heads,
+    fewer_letters,
     flat,
     narrower,
     narrower_heads,
@@ -64,6 +65,8 @@ class Scale:
                     after |= fewer_heads(sizes)
                 case "layers":
                     after |= each(sizes, lambda n: min(n, max(1, round(n * share(self.n_layers)))))
+                case "pattern":
+                    after |= {name: fewer_letters(word) for name, word in sizes.items()}
                 case "vocabulary":
                     after |= each(sizes, lambda n: min(n, VOCABULARY))
                 case "tokens" if self.context > CONTEXT and "strides" in before:

@@ -10,10 +10,13 @@ head, F hidden width of an MLP, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from blagpt_pl.nn.states import States
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,25 @@ class Carry:
         tokens: (B, T) int64, the input.
         x0: (B, T, D), the stream as it entered the first block.
         memo: tensors that one layer leaves for later ones, by name.
+        states: what parts left of the piece of the sequence that came before, where it comes piece by piece; else None.
     """
 
-    def __init__(self, tokens: Tensor, x0: Tensor, memo: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, tokens: Tensor, x0: Tensor, memo: dict[str, Tensor] | None = None, states: "States | None" = None
+    ) -> None:
         self.tokens = tokens
         self.x0 = x0
         self.memo = {} if memo is None else memo
+        self.states = states
 
     def but(self, x0: Tensor | None = None, memo: dict[str, Tensor] | None = None) -> "Carry":
         """Another one of the same batch, with another x0 or memo; the memo that is kept is shared."""
-        return Carry(self.tokens, self.x0 if x0 is None else x0, self.memo if memo is None else memo)
+        return Carry(self.tokens, self.x0 if x0 is None else x0, self.memo if memo is None else memo, self.states)
+
+    @property
+    def start(self) -> int:
+        """How many tokens came before these."""
+        return 0 if self.states is None else self.states.start
 
 
 class Part(nn.Module):
@@ -88,15 +100,33 @@ class Part(nn.Module):
 
 
 class SequenceMixer(Part):
-    """A part that moves information between positions, never from a later one to an earlier one."""
+    """A part that moves information between positions, never from a later one to an earlier one.
+
+    One that says `continues` goes on from what it left in `carry.states` (nn/states.py), where there are any.
+    """
+
+    continues: ClassVar[bool] = False
 
 
 class ChannelMixer(Part):
-    """A part that treats every position alone."""
+    """A part that treats every position alone, or reads the few before it that it says.
+
+    Attributes:
+        reads_before: how many.
+        continues: as in `SequenceMixer`.
+    """
+
+    reads_before: ClassVar[int] = 0
+    continues: ClassVar[bool] = True
 
 
 class HeadEdit(nn.Module):
-    """An edit of the projected heads: q (B, H, T, K), k and v (B, G, T, K), same shapes out."""
+    """An edit of the projected heads: q (B, H, T, K), k and v (B, G, T, K), same shapes out.
+
+    `continues` as in `SequenceMixer`.
+    """
+
+    continues: ClassVar[bool] = False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must return edited (q, k, v)")
@@ -106,7 +136,11 @@ class Core(nn.Module):
     """How queries read: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), causally.
 
     Some attentions have values of another width than keys; what is returned then has the values' width.
+    One that says `continues` also takes fewer queries than keys: they are the last ones. It reads `reach` keys, or all.
     """
+
+    continues: ClassVar[bool] = False
+    reach: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must return (B, H, T, K)")
@@ -129,6 +163,8 @@ class Activation(nn.Module):
 
 class Positions(nn.Module):
     """What is added to the token embeddings to tell where they stand: (B, T) tokens -> (T, D)."""
+
+    continues: ClassVar[bool] = False
 
 
 class LinearMap(NamedTuple):
@@ -209,6 +245,7 @@ class StackedLinear(nn.Linear):
         assert len(self.heads) == len(rows) and all(n % k == 0 for n, k in zip(rows, self.heads, strict=True))
 
 
+PartFactory = Callable[[Site], Part]
 NormFactory = Callable[[int], Norm]
 ActivationFactory = Callable[[], Activation]
 SequenceMixerFactory = Callable[[Site], SequenceMixer]

@@ -10,7 +10,16 @@ Cost     that of its parts, and one norm a branch (two with post_norm)
 
 from torch import Tensor, nn
 
-from blagpt_pl.nn.base import Carry, ChannelMixerFactory, NormFactory, Part, SequenceMixerFactory, Site, built
+from blagpt_pl.nn.base import (
+    Carry,
+    ChannelMixerFactory,
+    NormFactory,
+    Part,
+    PartFactory,
+    SequenceMixerFactory,
+    Site,
+    built,
+)
 from blagpt_pl.nn.dropout import dropout as dropped
 
 
@@ -54,6 +63,27 @@ class Branch(nn.Module):
         return x + self.drop(self.post(self.part(self.norm(x), carry)))
 
 
+def branch_of(
+    site: Site, norm: NormFactory, socket: str, part: PartFactory, post_norm: NormFactory | None, dropout: float
+) -> Branch:
+    """A branch of a block; parts are built in the order in which they are applied to the stream.
+
+    Args:
+        site: where it stands.
+        norm: of the branch's input.
+        socket: where the part is set, for the error.
+        part: what the branch computes.
+        post_norm: of the branch's output, or None.
+        dropout: probability of dropping an element of it.
+
+    Raises:
+        ValueError: a dropout that is no probability, or that drops everything.
+    """
+    post = None if post_norm is None else built("block.post_norm", post_norm, site.d_model)
+    drop = dropped(f"layer {site.layer}: Block.dropout", dropout)
+    return Branch(built("block.norm", norm, site.d_model), built(socket, part, site), post, drop)
+
+
 class Block(nn.Module):
     """Attention, then MLP, each normed before and joined by addition.
 
@@ -79,14 +109,8 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-
-        def branch(socket: str, factory: SequenceMixerFactory | ChannelMixerFactory) -> Branch:
-            post = None if post_norm is None else built("block.post_norm", post_norm, site.d_model)
-            drop = dropped(f"layer {site.layer}: Block.dropout", dropout)
-            return Branch(built("block.norm", norm, site.d_model), built(socket, factory, site), post, drop)
-
-        self.attention = branch("block.attention", attention)
-        self.mlp = branch("block.mlp", mlp)
+        self.attention = branch_of(site, norm, "block.attention", attention, post_norm, dropout)
+        self.mlp = branch_of(site, norm, "block.mlp", mlp, post_norm, dropout)
 
     def branches(self) -> tuple[Branch, ...]:
         """What joins the stream, in this order: the one that moves information between positions first."""
@@ -96,3 +120,34 @@ class Block(nn.Module):
         for branch in self.branches():
             x = branch(x, carry)
         return x
+
+
+class SoloBlock(Block):
+    """One part, normed before and joined by addition: x ← x + drop(post(part(norm(x)))).
+
+    Mamba's blocks are such (Gu & Dao 2023, arXiv:2312.00752, §3.4), and those of hybrids that give each mixer a layer.
+
+    Args:
+        site: where it stands.
+        norm: normalisation of the part's input.
+        part: a sequence mixer or a channel mixer.
+        post_norm: normalisation of the part's output; none by default.
+        dropout: probability of dropping an element of the part's output.
+
+    Raises:
+        ValueError: a dropout that is no probability, or that drops everything.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        norm: NormFactory,
+        part: PartFactory,
+        post_norm: NormFactory | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.branch = branch_of(site, norm, "block.part", part, post_norm, dropout)
+
+    def branches(self) -> tuple[Branch, ...]:
+        return (self.branch,)

@@ -1,7 +1,8 @@
 """What each parameter of a model is, asked of the modules that hold it and never of its name.
 
 A tensor that a table is looked up in is an `embedding`, also when a tied head multiplies by it; a matrix that belongs to
-the head alone is a `head`; every other tensor of two or more dimensions is a `matrix`, the rest are `vector`s.
+the head alone is a `head`; every other tensor of two or more dimensions is a `matrix`, the rest are `vector`s. A module
+whose own parameters are something else says so in `roles`, name → role: those that drive a recurrence do.
 """
 
 from torch import nn
@@ -21,8 +22,9 @@ def roles_of(model: nn.Module, head: nn.Module) -> dict[str, str]:
     in_head = {id(p) for p in head.parameters()}
     kinds: dict[int, str] = {}
     for module in model.modules():
-        for p in module.parameters(recurse=False):
-            kind = "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix"
+        said = getattr(module, "roles", {})
+        for name, p in module.named_parameters(recurse=False):
+            kind = said.get(name, "vector" if p.ndim < 2 else "head" if id(p) in in_head else "matrix")
             kinds[id(p)] = "embedding" if isinstance(module, nn.Embedding) else kinds.get(id(p), kind)
     return {name: kinds[id(p)] for name, p in model.named_parameters()}
 

@@ -1,8 +1,10 @@
 """What each tensor is, told to the optimizer as plain parameter groups with one extra key, `role`.
 
 Roles: `embedding` (a table looked up by token or position), `head` (a map onto the vocabulary of its own), `matrix` (any
-other tensor of two or more dimensions), `vector` (gains, biases, scalars). Weight decay acts on matrices unless a group
-says otherwise. Matrices that stack several maps, such as q, k and v, say so under the key `splits`; every group says under
+other tensor of two or more dimensions), `vector` (gains, biases, scalars), `recurrence` (what sets how a recurrence forgets and
+what it takes in, of any dimensions: A_log, dt_bias, D, kernels of short convolutions, low-rank maps to decay and gates), and
+`timescale` (biases of the decay that learn faster than the rest: their learning rate is `LR_SCALE` times the optimizer's).
+Weight decay acts on matrices unless a group says otherwise. Matrices that stack several maps, such as q, k and v, say so under the key `splits`; every group says under
 `blocks` which rows of its parameters act as one: the rows of a head, a whole gain.
 """
 
@@ -11,8 +13,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
-ROLES = ("matrix", "embedding", "head", "vector")
+ROLES = ("matrix", "embedding", "head", "vector", "recurrence", "timescale")
+OWN = ("recurrence", "timescale")  # said by the module that has them, whatever their shape
+LR_SCALE = {"timescale": 2.0}  # Peng et al. 2025, "RWKV-7", arXiv:2503.14456, its training code
 Blocks = tuple[tuple[int, int], ...]  # runs along dimension 0: rows, and how many of them are one block
 
 
@@ -94,3 +99,11 @@ def maps_of(name: str, group: Mapping[str, Any], dimensions: int | None = None) 
         if sum(rows) != p.shape[0]:
             raise ValueError(f"{name}: splits {rows} of a matrix of {p.shape[0]} rows (expected as many in all)")
     return dict(zip(params, splits, strict=True))
+
+
+def scale_learning_rates(optimizer: Optimizer) -> None:
+    """Give the groups of the roles in `LR_SCALE` their share of the learning rate that they were built with."""
+    for group in optimizer.param_groups:
+        scale = LR_SCALE.get(group.get("role"), 1.0)
+        if scale != 1.0:
+            group["lr"] = group["lr"] * scale

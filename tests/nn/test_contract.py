@@ -35,7 +35,7 @@ from blagpt_pl.nn.base import (
     Positions,
     SequenceMixer,
 )
-from blagpt_pl.nn.block import Block
+from blagpt_pl.nn.block import Block, SoloBlock
 from blagpt_pl.nn.cross_block import ReadContext
 from blagpt_pl.nn.embed import LearnedPositions
 from blagpt_pl.nn.head import LinearHead, TiedHead
@@ -94,6 +94,7 @@ PARTS = {
     "LinearHead, softcap": partial(LinearHead, softcap=3.0),
     "Block": block(),
     "Block, post-norm, dropout": block(post_norm=RMSNorm, dropout=0.2),
+    "SoloBlock": partial(SoloBlock, norm=RMSNorm, part=attention()),
 }
 KINDS = (Part, SequenceMixer, ChannelMixer, HeadEdit, Core, Norm, Activation, Positions, Head)
 
