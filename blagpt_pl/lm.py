@@ -7,6 +7,7 @@ optimizer steps and nothing else (docs/architecture.md, "One batch is one step")
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
 
 import lightning as L
 import torch
@@ -20,11 +21,12 @@ from blagpt_pl.losses.choice import LossName, loss_named
 from blagpt_pl.losses.next_token import IGNORE
 from blagpt_pl.losses.objective import Lesson, measure, objective, untraceable
 from blagpt_pl.nn.autocast import without_autocast
-from blagpt_pl.nn.base import Carry, Head
+from blagpt_pl.nn.base import Carry, Head, continues
 from blagpt_pl.nn.compiled import check_backend, compiled
 from blagpt_pl.nn.flops import CannotCount, count_flops
 from blagpt_pl.nn.memory import MemoryPolicy
 from blagpt_pl.nn.roles import blocks_of, roles_of, splits_of
+from blagpt_pl.nn.states import States
 from blagpt_pl.optim.roles import groups_by_role, scale_learning_rates
 from blagpt_pl.optim.schedule import Constant, Schedule
 from blagpt_pl.resume import between_steps, check_fits, number_by_model, start_afresh
@@ -61,7 +63,13 @@ class LanguageModel(L.LightningModule):
     """
 
     head: Head
+    continues: ClassVar[bool] = False  # whether its `trunk` also takes `states`, those of a piece of a longer sequence
     head_passes: int = 1  # how many times the loss applies the head to a token; those of `losses` come on top
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "trunk" in vars(cls) and "continues" not in vars(cls):  # another way into the blocks, which says it anew
+            cls.continues = False
 
     def __init__(
         self,
@@ -153,9 +161,15 @@ class LanguageModel(L.LightningModule):
         """Summed cross-entropy of the targets that count, in nats, float64."""
         return self._measure(self, self._loss, tokens, targets)
 
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, V): logits of the token that follows."""
-        return self.head(self.features(tokens)[:, -1])
+    def next_logits(self, tokens: Tensor, states: States | None = None) -> Tensor:
+        """(B, T) -> (B, V): logits of the token that follows; with states, of a piece behind the others that these remember."""
+        features = self.features(tokens) if states is None else self.finish(*self.trunk(tokens, states))
+        return self.head(features[:, -1])
+
+    def can_continue(self) -> bool:
+        """Whether `next_logits` can be given a sequence piece by piece: the model and all its parts remember (nn/states.py)."""
+        usual = all(getattr(type(self), name) is vars(LanguageModel)[name] for name in ("features", "next_logits"))
+        return self.continues and usual and continues(self)
 
     def parameter_roles(self) -> dict[str, str]:
         """The role of every distinct parameter by its name: embedding, head, matrix or vector (`optim.roles`)."""

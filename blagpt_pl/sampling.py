@@ -2,11 +2,15 @@
 
 Formula  p ∝ softmax(logits / temperature), kept to the `top_k` likeliest tokens and to the smallest set of tokens whose
          probability reaches `top_p` (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); temperature 0 is argmax
-Cost     the whole prefix is computed anew for each token, which works for every architecture
+Cost     a token's own, where the model's parts remember the prefix (nn/states.py): of a recurrence a state, of attention keys
+         and values. Else the whole prefix is computed anew for each token, which works for every architecture; so it is beyond the
+         context, where what is remembered grows. A model whose memory does not grow goes on for ever, and forgets nothing at once
 """
 
 import torch
 from torch import Tensor
+
+from blagpt_pl.nn.states import States
 
 
 def check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -43,6 +47,26 @@ def choose(
     return torch.multinomial(p, 1, generator=generator)
 
 
+def following(model: torch.nn.Module, tokens: Tensor, states: States | None) -> tuple[Tensor, States | None]:
+    """(B, T) tokens -> (B, V) logits of the next one, and the states for the piece after these tokens; None once there are none.
+
+    Args:
+        model: as `sample` takes it.
+        tokens: from the beginning.
+        states: those after all but the last of the tokens, or new ones; None where the prefix is computed anew.
+    """
+    fits = tokens.shape[1] <= model.context
+    if states is not None and (fits or not states.grows):
+        for piece in tokens[:, states.start :].split(model.context, dim=1):
+            logits = model.next_logits(piece, states)
+            states = states.after(piece.shape[1])
+            if states.grows and not fits:
+                break
+        else:
+            return logits, states
+    return model.next_logits(tokens[:, -model.context :]), None
+
+
 @torch.no_grad()
 def sample(
     model: torch.nn.Module,
@@ -56,8 +80,8 @@ def sample(
     """Continue a batch of token sequences.
 
     Args:
-        model: has `context` and `next_logits`.
-        tokens: (B, T) int64, T ≥ 1; only the last `context` tokens are read.
+        model: has `context`, `next_logits` and `can_continue`.
+        tokens: (B, T) int64, T ≥ 1; only the last `context` tokens are read, all of them where the memory does not grow.
         max_new_tokens: how many to add.
         temperature: 0 for the likeliest token; larger is wilder.
         top_k: keep this many of the likeliest tokens.
@@ -77,8 +101,9 @@ def sample(
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):  # every length would be a graph of its own
+            states = States() if model.can_continue() else None
             for _ in range(max_new_tokens):
-                logits = model.next_logits(tokens[:, -model.context :])
+                logits, states = following(model, tokens, states)
                 tokens = torch.cat([tokens, choose(logits, temperature, top_k, top_p, generator)], dim=1)
     finally:
         model.train(training)

@@ -16,6 +16,7 @@ TRAINING = {"nn", "losses", "optim"}
 ALLOWED = {
     "__init__": set(),
     **{name: {"errors"} - {name} for name in BOTTOM},
+    "sampling": {"nn"},
     "nn": {"errors"},
     "testing": {"nn", "optim"},
     "losses": {"nn", "errors"},

@@ -174,3 +174,39 @@ def test_a_mistake_is_told(model: torch.nn.Module, changes: dict, message: str) 
     arguments = {"tokens": torch.zeros(1, 3, dtype=torch.int64), "max_new_tokens": 2, **changes}
     with pytest.raises(ValueError, match=message):
         sample(model, **arguments)
+
+
+# ---------------------------------------------------------------------- piece by piece
+
+
+class Anew(torch.nn.Module):
+    """A model that remembers nothing, to compare with one that does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.context = model, model.context
+
+    def can_continue(self) -> bool:
+        return False
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        return self.model.next_logits(tokens)
+
+
+@pytest.mark.parametrize("given", [1, 5, T - 2, T, T + 3])
+def test_what_is_remembered_changes_nothing(given: int) -> None:
+    """Within the context, at its end, and beyond it, where keys and values of old positions are of no use any more."""
+    model = shake(tiny()).double().eval()
+    assert model.can_continue()
+    tokens = torch.randint(V, (2, given))
+    one, other = (
+        sample(m, tokens, 7, temperature=0.7, generator=torch.Generator().manual_seed(3)) for m in (model, Anew(model))
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_token_costs_a_token() -> None:
+    model, seen = shake(tiny()).eval(), []
+    model.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    model.generate(torch.zeros(1, 5, dtype=torch.int64), T - 3)
+    assert seen == [5, *[1] * (T - 5), T]

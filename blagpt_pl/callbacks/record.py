@@ -29,7 +29,7 @@ from blagpt_pl.callbacks.vram import PeakVRAM, peak_ram_mib
 from blagpt_pl.errors import Diverged
 from blagpt_pl.nn.attention.backends import kernels
 from blagpt_pl.nn.autocast import autocast_dtype
-from blagpt_pl.nn.base import count
+from blagpt_pl.nn.base import Core, SequenceMixer, count
 from blagpt_pl.optim.account import groups_told, state_bytes
 
 
@@ -64,11 +64,13 @@ def hardware(device: torch.device, ranks: int) -> str:
     return f"{ranks} x CPU ({name}, {threads} thread{'s' if threads > 1 else ''})"
 
 
-def attention(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-    """The kernels that attention runs by, under the run's precision; "" where a model has none."""
+def by_kernels(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+    """What attention and recurrences run by, under the run's precision; "" where a model has none of them."""
     with trainer.precision_plugin.train_step_context():
         dtype = autocast_dtype(pl_module.device) or next(pl_module.parameters()).dtype
-    return kernels(pl_module, pl_module.device, dtype, getattr(pl_module, "context", 1))
+    at = (pl_module.device, dtype, getattr(pl_module, "context", 1))
+    kinds = {"attention": Core, "recurrence": SequenceMixer}
+    return {name: kernels(pl_module, kind, *at) for name, kind in kinds.items()}
 
 
 def _find(trainer: L.Trainer, kind: type) -> Any:
@@ -105,7 +107,7 @@ class Record(L.Callback):
             size = f"{count(pl_module.parameters()) / 1e6:,.2f} M parameters"
             length = f"{trainer.max_steps:,} steps of {getattr(trainer.datamodule, 'tokens_per_step', 0):,} tokens"
             where = hardware(pl_module.device, trainer.world_size)
-            by = f", attention by {kernel}" if (kernel := attention(trainer, pl_module)) else ""
+            by = "".join(f", {name} by {kernel}" for name, kernel in by_kernels(trainer, pl_module).items() if kernel)
             print(f"{self._folder}: {type(pl_module).__name__}, {size}, {length}, {where}{by}", flush=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -177,7 +179,7 @@ class Record(L.Callback):
         return result | {
             "peak_ram_mib": _rounded(peak_ram_mib()),
             "hardware": hardware(pl_module.device, trainer.world_size),
-            "attention": attention(trainer, pl_module),
+            **by_kernels(trainer, pl_module),
             "ranks": trainer.world_size,
             "precision": str(trainer.precision),
             "code": code_version(),

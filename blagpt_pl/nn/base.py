@@ -10,13 +10,12 @@ head, F hidden width of an MLP, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from blagpt_pl.nn.states import States
+from blagpt_pl.nn.states import States
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Carry:
     """
 
     def __init__(
-        self, tokens: Tensor, x0: Tensor, memo: dict[str, Tensor] | None = None, states: "States | None" = None
+        self, tokens: Tensor, x0: Tensor, memo: dict[str, Tensor] | None = None, states: States | None = None
     ) -> None:
         self.tokens = tokens
         self.x0 = x0
@@ -92,7 +91,23 @@ class Carry:
         return 0 if self.states is None else self.states.start
 
 
-class Part(nn.Module):
+class Continuing(nn.Module):
+    """What may be given a sequence piece by piece.
+
+    Attributes:
+        continues: whether it goes on from what it left in `carry.states` at the piece before (nn/states.py). A subclass with
+            another forward, or other projections, says so anew; else it is taken not to.
+    """
+
+    continues: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "continues" not in vars(cls) and {"forward", "project"} & vars(cls).keys():
+            cls.continues = False
+
+
+class Part(Continuing):
     """Anything a block joins to the stream: (x, carry) -> y, both (B, T, D)."""
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
@@ -100,46 +115,36 @@ class Part(nn.Module):
 
 
 class SequenceMixer(Part):
-    """A part that moves information between positions, never from a later one to an earlier one.
-
-    One that says `continues` goes on from what it left in `carry.states` (nn/states.py), where there are any.
-    """
-
-    continues: ClassVar[bool] = False
+    """A part that moves information between positions, never from a later one to an earlier one."""
 
 
 class ChannelMixer(Part):
     """A part that treats every position alone, or reads the few before it that it says.
 
     Attributes:
-        reads_before: how many.
-        continues: as in `SequenceMixer`.
+        reads_before: how many. One that reads none has nothing to remember.
     """
 
     reads_before: ClassVar[int] = 0
-    continues: ClassVar[bool] = True
 
 
-class HeadEdit(nn.Module):
-    """An edit of the projected heads: q (B, H, T, K), k and v (B, G, T, K), same shapes out.
-
-    `continues` as in `SequenceMixer`.
-    """
-
-    continues: ClassVar[bool] = False
+class HeadEdit(Continuing):
+    """An edit of the projected heads: q (B, H, T, K), k and v (B, G, T, K), same shapes out."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must return edited (q, k, v)")
 
 
-class Core(nn.Module):
+class Core(Continuing):
     """How queries read: q (B, H, T, K), k and v (B, G, T, K) -> (B, H, T, K), causally.
 
     Some attentions have values of another width than keys; what is returned then has the values' width.
-    One that says `continues` also takes fewer queries than keys: they are the last ones. It reads `reach` keys, or all.
+    One that says `continues` also takes fewer queries than keys, which then are the last ones.
+
+    Attributes:
+        reach: how many keys a query reads, its own included; all if None.
     """
 
-    continues: ClassVar[bool] = False
     reach: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,10 +166,8 @@ class Activation(nn.Module):
     """An elementwise nonlinearity."""
 
 
-class Positions(nn.Module):
+class Positions(Continuing):
     """What is added to the token embeddings to tell where they stand: (B, T) tokens -> (T, D)."""
-
-    continues: ClassVar[bool] = False
 
 
 class LinearMap(NamedTuple):
@@ -278,3 +281,10 @@ def wide(x: Tensor) -> Tensor:
 def count(parameters: object) -> int:
     """Number of scalars in distinct tensors: a shared tensor counts once."""
     return sum(p.numel() for p in {id(p): p for p in parameters}.values())
+
+
+def continues(model: nn.Module) -> bool:
+    """Whether all parts of a model that move information between positions go on from what they left."""
+    moving = (m for m in model.modules() if isinstance(m, SequenceMixer | HeadEdit | Core | Positions))
+    shifting = (m for m in model.modules() if isinstance(m, ChannelMixer) and m.reads_before)
+    return all(part.continues for part in (*moving, *shifting))

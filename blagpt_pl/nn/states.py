@@ -8,12 +8,9 @@ Memory   a recurrence leaves its state, whatever came before; attention leaves k
          a window. Who leaves what grows says so
 """
 
-from torch import Tensor, nn
-
-from blagpt_pl.nn.base import ChannelMixer, Core, HeadEdit, Positions, SequenceMixer
+from torch import Tensor
 
 Remembered = tuple[Tensor, ...]
-MOVING = (SequenceMixer, ChannelMixer, HeadEdit, Core, Positions)  # the kinds that may need to
 
 
 class States:
@@ -21,16 +18,17 @@ class States:
 
     Attributes:
         start: tokens that came before this piece.
-        grows: whether a memory that was left in this piece grows with the tokens.
+        grows: whether any memory grows with the tokens; known behind the first piece.
 
     Args:
         start: tokens that came before.
         past: what the parts left of the piece before, in the order of their calls; None at the first piece.
+        grows: whether any of it grows.
     """
 
-    def __init__(self, start: int = 0, past: list[Remembered] | None = None) -> None:
+    def __init__(self, start: int = 0, past: list[Remembered] | None = None, grows: bool = False) -> None:
         self.start = start
-        self.grows = False
+        self.grows = grows
         self._past = None if past is None else iter(past)
         self._left: list[Remembered] = []
 
@@ -50,9 +48,4 @@ class States:
 
     def after(self, tokens: int) -> "States":
         """The states for the next piece, behind one of so many tokens."""
-        return States(self.start + tokens, self._left)
-
-
-def continues(model: nn.Module) -> bool:
-    """Whether all of its parts that may need to take up what they left of a piece before."""
-    return all(part.continues for part in model.modules() if isinstance(part, MOVING))
+        return States(self.start + tokens, self._left, self.grows)

@@ -9,9 +9,12 @@ import io
 import torch
 from torch import Tensor, nn
 
+from blagpt_pl.nn.states import States
 from blagpt_pl.optim.roles import OWN, ROLES
 from blagpt_pl.testing.promises import CLOSE
 from blagpt_pl.testing.subject import Subject, train
+
+PIECES = 1e-9  # between a sequence and its pieces, in float64
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
@@ -132,7 +135,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def generate(subject: Subject) -> str:
-    """Greedy generation picks what `forward` ranks first, given the same prefix."""
+    """Greedy generation picks what `forward` ranks first, given the same prefix, all at once or piece by piece."""
     model, length = subject.moved.eval(), subject.length
     prompt = subject.tokens(2, max(1, length // 2))
     new = length - length // 2
@@ -146,4 +149,14 @@ def generate(subject: Subject) -> str:
     for n in range(1, tokens.shape[1] + 1):  # what ranks first may hang on the last token alone
         gap = (model.next_logits(tokens[:, :n]) - whole[:, n - 1]).abs().max()
         assert gap <= CLOSE, f"next_logits: differ from those of forward by {gap:.1e}, given {n} tokens"
-    return f"{new} tokens, as forward ranks them"
+    if not model.can_continue():
+        return f"{new} tokens, as forward ranks them"
+    exact = subject.exact.eval()
+    whole = exact(tokens)
+    for edges in (range(1, tokens.shape[1]), [n for n in (5, 6, 13, 15) if n < tokens.shape[1]]):
+        states = States()
+        for piece in tokens.tensor_split(list(edges), dim=1):
+            logits, states = exact.next_logits(piece, states), states.after(piece.shape[1])
+            gap = (logits - whole[:, states.start - 1]).abs().max()
+            assert gap <= PIECES, f"generate: {states.start} tokens given piece by piece make a difference of {gap:.1e}"
+    return f"{new} tokens, as forward ranks them; a token costs {'its own and memory' if states.grows else 'its own'}"

@@ -14,7 +14,7 @@ from blagpt_pl.nn.attention.backends import HOPPER, backend_used, kernels
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_window import Windowed, banded
 from blagpt_pl.nn.attention.flex import band, found
-from blagpt_pl.nn.base import Heads, Site
+from blagpt_pl.nn.base import Core, Heads, Site
 
 pytestmark = pytest.mark.gpu
 OPS = {"cudnn": "cuDNN", "flash": "flash", "efficient": "efficient"}  # in the operation's name -> in the report
@@ -146,7 +146,7 @@ def test_compiled_it_is_the_same_kernel() -> None:
 
 
 def test_a_model_says_what_runs() -> None:
-    said = kernels(tiny(), torch.device("cuda"), BF16, 32)
+    said = kernels(tiny(), Core, torch.device("cuda"), BF16, 32)
     assert said in ("cuDNN", "flash")
 
 

@@ -336,7 +336,8 @@ def test_a_block_compiles_with_it_as_one_graph(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_which_form_runs(monkeypatch: pytest.MonkeyPatch, cap: float | None) -> None:
     monkeypatch.setattr(core_window, "fused_or", lambda form, twin, *given: (form, twin, given))
-    assert Windowed(heads(4, 2, 8), 7, cap).forward(1, 2, 3) == (flex, banded, (1, 2, 3, 7, cap))
+    q, k, v = torch.empty(3, 1, 4, 5, 8)
+    assert Windowed(heads(4, 2, 8), 7, cap).forward(q, k, v) == (flex, banded, (q, k, v, 7, cap))
     core = Windowed(Heads(Site(64, 1, 0, 61, 32), 4, 2, 16), 7, cap)
     assert core.kernel(torch.device("cuda"), torch.bfloat16, 32) == "flex"
     assert core.kernel(CPU, torch.bfloat16, 32) == core.kernel(torch.device("cuda"), torch.float64, 32)

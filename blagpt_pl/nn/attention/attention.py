@@ -9,6 +9,7 @@ Cost     D (H + 2 G) K + H K D weights
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from blagpt_pl.nn.base import (
@@ -22,6 +23,7 @@ from blagpt_pl.nn.base import (
     StackedLinear,
     built,
 )
+from blagpt_pl.nn.states import States
 
 HEAD_SIZES = {"n_heads": "heads", "n_kv_heads": "heads", "head_dim": "head"}  # what `heads_of` is given, for `sizes`
 
@@ -76,7 +78,19 @@ class HeadPipeline(SequenceMixer, ABC):
         q, k, v = self.project(x)
         for edit in self.edits:
             q, k, v = edit(q, k, v, carry)
+        if carry.states is not None:
+            k, v = self.with_past(k, v, carry.states)
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))  # (B, T, H · width of v) -> (B, T, D)
+
+    def with_past(self, k: Tensor, v: Tensor, states: States) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, T, .) of a piece -> those before it that may be read, and its own; left for the next piece."""
+        past = states.take()
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        reach = self.core.reach
+        first = 0 if reach is None else max(0, k.shape[2] - reach + 1)
+        states.leave(k[:, :, first:], v[:, :, first:], grows=reach is None)
+        return k, v
 
 
 class Attention(HeadPipeline):
@@ -96,6 +110,7 @@ class Attention(HeadPipeline):
     """
 
     sizes: ClassVar[dict[str, str]] = HEAD_SIZES
+    continues: ClassVar[bool] = True
 
     def __init__(
         self,

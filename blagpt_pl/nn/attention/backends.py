@@ -90,17 +90,20 @@ def backend_used(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> str:
     return f"{name} (CPU)" if (q.device.type, name) == ("cpu", "flash") else name
 
 
-def kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> str:
-    """What the attention cores of a model run by, in words: "cuDNN", or "flash x 11, flex x 1"; "" where it has none.
+def kernels(model: nn.Module, kind: type, device: torch.device, dtype: torch.dtype, tokens: int) -> str:
+    """What the parts of one kind run by, in words: "cuDNN", or "flash x 11, flex x 1"; "" where a model has none.
 
     Args:
-        model: with any number of cores; one that says nothing (`kernel(device, dtype, tokens)`) is called by its name.
+        model: with any number of them.
+        kind: `Core`: a core that says nothing (`kernel(device, dtype, tokens)`) is called by its name; or `SequenceMixer`: of
+            these those count that say something, which are recurrences.
         device: where it will run; a kernel is asked with one short-lived sequence there.
         dtype: of the heads: autocast's, where that is on.
         tokens: T of a training sequence.
     """
     found: Counter[str] = Counter()
-    for core in (m for m in model.modules() if isinstance(m, Core)):
-        say = getattr(core, "kernel", None)
-        found[type(core).__name__ if say is None else say(device, dtype, tokens)] += 1
+    for part in (m for m in model.modules() if isinstance(m, kind)):
+        say = getattr(part, "kernel", None)
+        if say is not None or kind is Core:
+            found[type(part).__name__ if say is None else say(device, dtype, tokens)] += 1
     return ", ".join(found) if len(found) < 2 else ", ".join(f"{name} x {n}" for name, n in found.items())

@@ -8,10 +8,13 @@ Cost     T² (K + K') H multiplications and additions a sequence (causal), K' th
          flash attention refuses it (torch's sdp_utils.cpp); on CPU none, so that the T × T matrix is made
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from blagpt_pl.nn.attention.backends import backend_used, causal
+from blagpt_pl.nn.attention.later import last
 from blagpt_pl.nn.base import Core, Heads
 from blagpt_pl.nn.checks import probability
 
@@ -26,6 +29,8 @@ class SDPA(Core):
     Raises:
         ValueError: a dropout that is no probability, or that drops everything.
     """
+
+    continues: ClassVar[bool] = True
 
     def __init__(self, heads: Heads, dropout: float = 0.0) -> None:
         super().__init__()
@@ -44,4 +49,6 @@ class SDPA(Core):
         return backend_used(q, k, v, self.dropout)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] < k.shape[2]:
+            return last(q, k, v)
         return causal(q, k, v, self.dropout if self.training else 0.0, self.heads.n != self.heads.n_kv)

@@ -10,11 +10,13 @@ Cost     T² (K + K') H multiplications and additions a sequence (causal), K' th
 """
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from blagpt_pl.nn.attention.flex import band, fused, fused_or, has_kernel, scored
+from blagpt_pl.nn.attention.later import last
 from blagpt_pl.nn.base import Core, Heads
 from blagpt_pl.nn.softcap import a_cap, soft_cap
 
@@ -38,6 +40,8 @@ class SoftCapped(Core):
         cap: c of the soft cap, in nats.
     """
 
+    continues: ClassVar[bool] = True
+
     def __init__(self, heads: Heads, cap: float = 50.0) -> None:
         super().__init__()
         self.heads = heads
@@ -52,4 +56,6 @@ class SoftCapped(Core):
         return "flex" if has_kernel(device, dtype, self.heads.dim, self.heads.values) else "scores in memory"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] < k.shape[2]:
+            return last(q, k, v, cap=self.cap)
         return fused_or(flex, eager, q, k, v, self.cap)

@@ -10,23 +10,16 @@ Cost     2 (K + K') H (w T - w (w - 1) / 2) multiplications and additions a sequ
          `banded` computes up to twice as many pairs and copies each key and value twice, not once a query head
 """
 
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blagpt_pl.nn.attention.flex import band, fused, fused_or, has_kernel, scored
+from blagpt_pl.nn.attention.flex import band, fused, fused_or, has_kernel
+from blagpt_pl.nn.attention.later import last, read
 from blagpt_pl.nn.base import Core, Heads
-from blagpt_pl.nn.softcap import a_cap, soft_cap
-
-
-def read(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, cap: float | None) -> Tensor:
-    """Queries (B, H, T, K) read the keys (B, G, S, K) of their pairs (T, S)."""
-    if cap is not None:
-        return scored(q, k, v, pairs, partial(soft_cap, cap=cap))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, enable_gqa=q.shape[1] != k.shape[1])
+from blagpt_pl.nn.softcap import a_cap
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, cap: float | None) -> Tensor:
@@ -68,6 +61,7 @@ class Windowed(Core):
     """
 
     sizes: ClassVar[dict[str, str]] = {"window": "tokens"}
+    continues: ClassVar[bool] = True
 
     def __init__(self, heads: Heads, window: int, cap: float | None = None) -> None:
         super().__init__()
@@ -80,7 +74,7 @@ class Windowed(Core):
                 f"{where} leaves nothing out of {context} tokens (expected less); fix: a shorter window, or {other} as the core"
             )
         self.heads = heads
-        self.window = window
+        self.window = self.reach = window
         self.cap = None if cap is None else a_cap("Windowed.cap", cap)
         self.exempt = {"long memory": f"a layer reads the last {window} tokens"}
 
@@ -94,4 +88,6 @@ class Windowed(Core):
         return "flex" if has_kernel(device, dtype, self.heads.dim, self.heads.values) else "chunks of the window"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] < k.shape[2]:
+            return last(q, k, v, self.window, self.cap)
         return fused_or(flex, banded, q, k, v, self.window, self.cap)

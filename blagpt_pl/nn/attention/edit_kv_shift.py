@@ -7,16 +7,17 @@ Differs  nothing; the previous token is taken across document boundaries, as the
 Cost     4 G parameters and 6 G K multiply-adds and additions a token, a layer; no matrix product
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blagpt_pl.nn.base import Carry, HeadEdit, Heads, wide
 
 
-def mixed(x: Tensor, now: Tensor, past: Tensor) -> Tensor:
-    """now x_t + past x_{t-1} for x (B, G, T, K) and one number for each head in now and past (G,)."""
-    before = F.pad(x[:, :, :-1], (0, 0, 1, 0))  # (B, G, T, K): x_{t-1}, and 0 at t = 0
+def mixed(x: Tensor, last: Tensor, now: Tensor, past: Tensor) -> Tensor:
+    """now x_t + past x_{t-1} for x (B, G, T, K), `last` (B, G, 1, K) before it, one number for each head in now and past (G,)."""
+    before = torch.cat((last, x[:, :, :-1]), dim=2)  # (B, G, T, K): x_{t-1}
     return (wide(now)[:, None, None] * x + wide(past)[:, None, None] * before).to(x.dtype)  # the sum in float32
 
 
@@ -31,6 +32,8 @@ class KVShift(HeadEdit):
         heads: the attention's heads.
     """
 
+    continues: ClassVar[bool] = True
+
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.k_now = nn.Parameter(torch.rand(heads.n_kv))  # (G,)
@@ -39,4 +42,8 @@ class KVShift(HeadEdit):
         self.v_past = nn.Parameter(1 - self.v_now.detach())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
-        return q, mixed(k, self.k_now, self.k_past), mixed(v, self.v_now, self.v_past)
+        before = None if carry.states is None else carry.states.take()
+        k_last, v_last = (torch.zeros_like(k[:, :, :1]), torch.zeros_like(v[:, :, :1])) if before is None else before
+        if carry.states is not None:
+            carry.states.leave(k[:, :, -1:], v[:, :, -1:])
+        return q, mixed(k, k_last, self.k_now, self.k_past), mixed(v, v_last, self.v_now, self.v_past)

@@ -6,6 +6,8 @@ Differs  stands before RoPE in the list of edits, as in Qwen3; nanochat has it a
 Cost     2 K parameters a layer
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from blagpt_pl.nn.base import Carry, HeadEdit, Heads, NormFactory, built
@@ -18,6 +20,8 @@ class QKNorm(HeadEdit):
         heads: the attention's heads.
         norm: the normalisation.
     """
+
+    continues: ClassVar[bool] = True
 
     def __init__(self, heads: Heads, norm: NormFactory) -> None:
         super().__init__()

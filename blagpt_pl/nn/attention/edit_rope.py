@@ -7,6 +7,8 @@ Differs  angles and rotation in float32 whatever the heads' dtype; computed wher
 Cost     no parameters; T · K/2 sines and cosines a layer, fused into the rotation when compiled
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ from blagpt_pl.nn.base import Carry, HeadEdit, Heads, wide
 from blagpt_pl.nn.checks import positive
 
 
-def angles(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """(T, K/2) float32: the angle of each position and frequency."""
+def angles(length: int, dim: int, theta: float, device: torch.device, start: int = 0) -> Tensor:
+    """(T, K/2) float32: the angle of each position, from `start` on, and frequency."""
     frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)  # (K/2,)
-    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), frequency)
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
@@ -38,6 +40,8 @@ class RoPE(HeadEdit):
         ValueError: an odd width of a head, or a base that is not positive and finite.
     """
 
+    continues: ClassVar[bool] = True
+
     def __init__(self, heads: Heads, theta: float = 10000.0) -> None:
         super().__init__()
         if heads.dim % 2:
@@ -45,5 +49,5 @@ class RoPE(HeadEdit):
         self.theta = positive("RoPE.theta", theta, "10000.0")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
-        angle = angles(q.shape[-2], q.shape[-1], self.theta, q.device)
+        angle = angles(q.shape[-2], q.shape[-1], self.theta, q.device, carry.start)
         return rotate(q, angle), rotate(k, angle), v

@@ -39,6 +39,7 @@ class LowRankAttention(HeadPipeline):
     """
 
     sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "rank": "width"}
+    continues: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class PattentionAttention(HeadPipeline):
     """
 
     sizes: ClassVar[dict[str, str]] = {**HEAD_SIZES, "n_tokens": "width", "grown_from": "width"}
+    continues: ClassVar[bool] = True
 
     def __init__(
         self,
