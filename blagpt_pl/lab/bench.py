@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 
     from blagpt_pl.lab.bench_report import Report
 
-KINDS = ("step", "peers", "overhead", "loader", "loss", "scaling", "optim", "memory", "compile", "attention")
+KINDS = (
+    "step",
+    "peers",
+    "overhead",
+    "loader",
+    "loss",
+    "scaling",
+    "optim",
+    "memory",
+    "compile",
+    "attention",
+    "recurrent",
+)
 LEAST = {"repeats": 1, "warmup": 0, "threads": 1}
 
 

@@ -5,7 +5,7 @@ Source   Yuan et al. 2024, arXiv:2411.10438, algorithm 2 in its approximate form
 Formula  c = g + γ β1 / (1 - β1) (g - g_prev);  c <- c / max(1, |c|), the norm over the whole tensor
          m <- β1 m + (1 - β1) c,  v <- β2 v + (1 - β2) c²
          p <- (1 - η λ) p - η (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + ε)
-         Groups of role `vector`: AdamW, that is c = g, with learning rate and betas of their own.
+         Groups of role `vector`, and those that drive a recurrence: AdamW, that is c = g, with learning rate and betas of their own.
 Differs  in its first step a tensor has no previous gradient and c = g, as in the paper, where x_0 = x_1; the authors' code
          begins with g_prev = 0. That code also keeps the gradient itself, not a copy: where its memory is used again, g_prev
          is g and nothing is corrected. It goes by the number of dimensions, two or not two; here the role decides.
@@ -23,10 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from blagpt_pl.optim.base import Check, GroupOptimizer, betas_fit, decay_, not_negative
 from blagpt_pl.optim.placed import here, summed
+from blagpt_pl.optim.roles import OWN
+
+VECTORS = ("vector", *OWN)  # roles
 
 
 class MARS(GroupOptimizer):
-    """AdamW on gradients of less variance. Vectors (gains, biases, scalars) are left to plain AdamW.
+    """AdamW on gradients of less variance. Vectors (gains, biases, scalars; all that drives a recurrence) are left to plain AdamW.
 
     Args:
         params: parameter groups with a `role`, or tensors, which are then taken as matrices.
@@ -59,13 +62,13 @@ class MARS(GroupOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in a group; one of vectors has no `gamma`, and its learning rate and betas are those of vectors."""
-        vectors = param_group.get("role") == "vector"
+        vectors = param_group.get("role") in VECTORS
         super().add_param_group({**self._of_vectors, **param_group} if vectors else param_group)
         if vectors:
             del self.param_groups[-1]["gamma"]
 
     def ranges(self, group: Mapping[str, Any]) -> dict[str, Check]:
-        of = "vector_" if group.get("role") == "vector" else ""
+        of = "vector_" if group.get("role") in VECTORS else ""
         return {
             f"{of}lr": not_negative(group["lr"]),
             f"{of}betas": betas_fit(group["betas"]),

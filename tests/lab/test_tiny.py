@@ -14,7 +14,7 @@ from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.layers import Layers
 from blagpt_pl.lab.model_of import layers_for, model_of
 from blagpt_pl.lab.sizes import class_of, measured, sizes_of
-from blagpt_pl.lab.smaller import fewer_heads, flat, narrower, shorter, shorter_in_steps, stream_width
+from blagpt_pl.lab.smaller import fewer_heads, fewer_letters, flat, narrower, shorter, shorter_in_steps, stream_width
 from blagpt_pl.lab.tiny import tiny, tiny_model, what_shrank
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.attention.attention import Attention
@@ -52,8 +52,11 @@ def test_every_shipped_configuration(names: tuple[str, ...]) -> None:
     small = tiny(given.tree)
     model = model_of(given, small)
     assert sum(p.numel() for p in model.parameters()) < 500_000
-    depths = measured(small["model"])["layers"]  # of its stacks
-    assert (max(flat(depths)), model.vocab_size, model.context) == (2, 97, 48)
+    sizes = measured(small["model"])
+    stacks, words = sizes.get("layers", {}), sizes.get("pattern", {})
+    assert max([*flat(stacks), *(word.count(letter) for word in words.values() for letter in word)]) == 2
+    assert (model.vocab_size, model.context) == (97, 48)
+    depths = stacks | words
     assert 32 <= small["model"]["init_args"]["d_model"] <= 64
     assert small["model"]["init_args"].get("compile") is None
     assert tiny(small) == small
@@ -190,6 +193,15 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("tiny_ideas", None)
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [("mmfmmfamfmmf", "mmffa"), ("mmmgmmgmg", "mmgg"), ("glllgllg", "gllg"), ("ab", "ab"), ("aaaa", "aa")],
+)
+def test_a_pattern_keeps_two_of_each_kind_in_order(word: str, kept: str) -> None:
+    assert fewer_letters(word) == kept
+    assert fewer_letters(kept) == kept
 
 
 @pytest.mark.usefixtures("stranger")

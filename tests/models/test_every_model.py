@@ -14,13 +14,15 @@ import pytest
 import torch
 from helpers import Graphs
 from overlaid import LENGTHS, TECHNIQUES, built, check_no_future, fingerprint, merged, parsed, train
-from shipped import CONFIGS, MODELS
+from shipped import BASELINE, CONFIGS, MODELS
 from shipped import built as built_whole
 from torch import Tensor, nn
 
 from blagpt_pl.data.shards import HEADER_BYTES
 from blagpt_pl.data.tokenizers import GPT2Tokenizer
 from blagpt_pl.errors import ConfigError
+from blagpt_pl.lab.model_of import layers_for
+from blagpt_pl.lab.tiny import tiny
 from blagpt_pl.lm import LanguageModel
 from blagpt_pl.nn.attention.attention import HeadPipeline
 from blagpt_pl.nn.attention.cross import Cross
@@ -28,7 +30,9 @@ from blagpt_pl.nn.base import Carry, Heads, count
 from blagpt_pl.nn.block import Branch
 from blagpt_pl.nn.flops import count_flops
 from blagpt_pl.nn.pooling import Pool
+from blagpt_pl.nn.recurrent.parallel_heads import HymbaMixer
 from blagpt_pl.nn.upsampling import Upsample
+from blagpt_pl.optim.roles import OWN
 from blagpt_pl.testing.subject import random_tokens
 
 PAGE = CONFIGS.parent / "docs" / "models" / "README.md"
@@ -90,9 +94,12 @@ def test_trunk_and_loss_are_one_graph(model: str) -> None:
     assert len(seen.seen) == 2  # to train and to measure
 
 
+WITHOUT_ATTENTION, HYBRIDS = ("mamba2", "rwkv7"), ("rene", "zamba2")
+
+
 def heads_in(modules: Iterable[nn.Module]) -> list[Heads]:
     """Of every attention within a block, in the order of the model."""
-    return [m.heads for module in modules for m in module.modules() if isinstance(m, HeadPipeline)]
+    return [m.heads for module in modules for m in module.modules() if isinstance(m, HeadPipeline | HymbaMixer)]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -105,7 +112,13 @@ def test_blocks_are_regions_and_are_numbered(model: str) -> None:
     for module in made.modules():
         if isinstance(module, Branch | Cross | Pool | Upsample):
             assert {id(p) for p in module.parameters()} <= {*within}, type(module)
+    if model in WITHOUT_ATTENTION:
+        return
     sites = [heads.site for heads in heads_in([made])]
+    if model in HYBRIDS:  # whose other layers do not say where they stand
+        assert [site.layer for site in sites] == sorted({site.layer for site in sites})
+        assert sites[-1].layer < sites[-1].n_layers and len({site.n_layers for site in sites}) == 1
+        return
     assert sorted(site.layer for site in sites) == list(range(len(sites)))
     assert {site.n_layers for site in sites} == {len(sites)}
     assert [heads.site.layer for heads in heads_in(regions)] == list(range(len(sites)))
@@ -115,8 +128,12 @@ def test_blocks_are_regions_and_are_numbered(model: str) -> None:
 def test_further_heads_are_built_where_the_last_block_stands(model: str) -> None:
     made = built(merged("multi_token", model=model))
     (term,) = made.losses
-    last = max(heads_in(made.regions()), key=lambda heads: heads.site.layer)
-    assert heads_in(term.blocks) == [last] * len(term.blocks)
+    if model not in (*WITHOUT_ATTENTION, *HYBRIDS):
+        last = max(heads_in(made.regions()), key=lambda heads: heads.site.layer)
+        assert heads_in(term.blocks) == [last] * len(term.blocks)
+    like = [[p.shape for p in block.parameters()] for block in term.blocks]
+    assert like and [like[0]] * len(like) == like
+    assert like[0] in [[p.shape for p in region.parameters()] for region in made.regions()]
 
 
 DROPPED = {"ftp": 2, "ftp_seed": 2, "megabyte": 2}  # streams that tokens enter, where there is more than one
@@ -177,6 +194,13 @@ def text(shards: Path) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
+def drawn(text: Tensor, batch: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random windows of a text, and what follows each of their characters."""
+    starts = torch.randint(len(text) - size - 1, (batch,))
+    windows = torch.stack([text[i : i + size + 1] for i in starts])
+    return windows[:, :-1], windows[:, 1:]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns_real_text(model: str, text: torch.Tensor) -> None:
     """Its next-token loss falls well below that of the best prediction that looks at no character."""
@@ -184,12 +208,10 @@ def test_it_learns_real_text(model: str, text: torch.Tensor) -> None:
     p = torch.bincount(text, minlength=made.vocab_size) / len(text)
     goal = -(p * p.clamp(min=1e-9).log()).sum().item() - 0.1  # nats; 0.1 below the unigram model
     optimizer = torch.optim.AdamW(made.train().parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    losses, size = [4.6], 48
+    losses = [4.6]
     while sum(losses[-10:]) / min(10, len(losses)) > goal and len(losses) < 300:
-        starts = torch.randint(len(text) - size - 1, (8,))
-        batch = torch.stack([text[i : i + size + 1] for i in starts])
         optimizer.zero_grad()
-        total, parts = made.objective(batch[:, :-1], batch[:, 1:])
+        total, parts = made.objective(*drawn(text, 8, 48))
         total.backward()
         optimizer.step()
         losses.append(parts["loss"].item())
@@ -198,3 +220,25 @@ def test_it_learns_real_text(model: str, text: torch.Tensor) -> None:
         f"{losses[-1]:.3f} nats after {len(losses)} steps, {goal:.3f} to be reached"
     )
     assert made.generate(text[None, :5], 9).shape == (1, 14)
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["hymba", "mamba2", "rene", "rwkv7", "zamba2"])
+def test_a_recurrence_learns_real_text_by_the_shipped_recipes(model: str, recipe: str, text: torch.Tensor) -> None:
+    """With the groups and rates of a run: what drives a recurrence apart, without weight decay, never Muon's."""
+    words = [BASELINE, MODELS[model], CONFIGS / "optim" / f"{recipe}.yaml"]
+    made = parsed(tiny(layers_for([word for path in words for word in ("--config", str(path))]).tree)).train()
+    optimizer = made.make_optimizer()
+    groups = {group["role"]: group for group in optimizer.param_groups}
+    driving = [p for role in OWN for p in groups.get(role, {"params": []})["params"]]
+    assert driving and all(groups[role]["weight_decay"] == 0 for role in OWN if role in groups)
+    if recipe == "muon":
+        assert not {*map(id, driving)} & {id(p) for g in optimizer.members["matrix"].param_groups for p in g["params"]}
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        total, parts = made.objective(*drawn(text, 8, 48))
+        total.backward()
+        optimizer.step()
+        losses.append(parts["loss"].item())
+    assert sum(losses[-10:]) / 10 < losses[0] - 0.5, losses

@@ -15,6 +15,7 @@ import blagpt_pl.nn
 from blagpt_pl.nn import base
 from blagpt_pl.nn.activation import GELU, ReLU2, SiLU
 from blagpt_pl.nn.attention.core_dilated import Dilated
+from blagpt_pl.nn.attention.core_meta import MetaWindowed
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_softcap import SoftCapped
 from blagpt_pl.nn.attention.core_window import Windowed
@@ -23,6 +24,7 @@ from blagpt_pl.nn.attention.edit_rope import RoPE
 from blagpt_pl.nn.attention.latent import LatentAttention
 from blagpt_pl.nn.attention.low_rank import LowRankAttention
 from blagpt_pl.nn.attention.pattention import PattentionAttention
+from blagpt_pl.nn.attention.shared import ScaledQueries, SharedAttention
 from blagpt_pl.nn.base import (
     Activation,
     Carry,
@@ -42,9 +44,24 @@ from blagpt_pl.nn.head import LinearHead, TiedHead
 from blagpt_pl.nn.mlp import MLP
 from blagpt_pl.nn.mlp_pattention import PattentionMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
+from blagpt_pl.nn.recurrent.conv import GatedShortConv
+from blagpt_pl.nn.recurrent.mamba1 import Mamba1
+from blagpt_pl.nn.recurrent.mamba2 import Mamba2
+from blagpt_pl.nn.recurrent.parallel_heads import HybridSite, HymbaMixer
+from blagpt_pl.nn.recurrent.rwkv7 import RWKV7TimeMix
+from blagpt_pl.nn.recurrent.rwkv7_channel import RWKV7ChannelMix
 from blagpt_pl.testing import check_part, kind_of
 
 latent = partial(LatentAttention, n_heads=4, kv_rank=12, nope_dim=6, rope_dim=4, v_dim=8, norm=RMSNorm, core=SDPA)
+
+
+class InHymba(partial):
+    """A mixer of Hymba: in a local layer that shares nothing, then in a global one, five positions before the text."""
+
+    def __call__(self, site: base.Site) -> HymbaMixer:
+        return super().__call__(HybridSite(**vars(site), order="lg", meta=5))
+
+
 PARTS = {
     "RMSNorm": RMSNorm,
     "LayerNorm": LayerNorm,
@@ -95,6 +112,18 @@ PARTS = {
     "Block": block(),
     "Block, post-norm, dropout": block(post_norm=RMSNorm, dropout=0.2),
     "SoloBlock": partial(SoloBlock, norm=RMSNorm, part=attention()),
+    "ScaledQueries": partial(ScaledQueries, factor=1.5),
+    "SharedAttention": partial(SharedAttention, n_heads=4, norm=RMSNorm, core=SDPA, edits=[RoPE]),
+    "GatedShortConv": partial(GatedShortConv, bias=True),
+    "Mamba1": partial(Mamba1, d_state=6),
+    "Mamba1, normed": partial(Mamba1, d_state=4, dt_rank=5, norm=RMSNorm),
+    "MetaWindowed": partial(MetaWindowed, window=6, always=3),
+    "HymbaMixer": InHymba(HymbaMixer, n_heads=4, core=SDPA, norm=RMSNorm, window=6, n_kv_heads=2, d_state=4),
+    "Mamba2": partial(Mamba2, d_state=6, head_dim=8, chunk=8),
+    "Mamba2, groups, norm before gate": partial(Mamba2, d_state=4, head_dim=4, n_groups=2, norm_before_gate=True),
+    "RWKV7TimeMix": partial(RWKV7TimeMix, head_dim=8),
+    "RWKV7TimeMix, narrow": partial(RWKV7TimeMix, head_dim=4, decay_rank=3, rate_rank=5, value_rank=2, gate_rank=6),
+    "RWKV7ChannelMix": partial(RWKV7ChannelMix, ratio=3.5),
 }
 KINDS = (Part, SequenceMixer, ChannelMixer, HeadEdit, Core, Norm, Activation, Positions, Head)
 

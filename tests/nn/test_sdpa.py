@@ -19,7 +19,7 @@ from blagpt_pl.nn.attention.backends import HOPPER, ON_HOPPER, backend_used, ker
 from blagpt_pl.nn.attention.core_dilated import Dilated
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_softcap import SoftCapped
-from blagpt_pl.nn.base import Heads
+from blagpt_pl.nn.base import Core, Heads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FLAGS = {
@@ -225,7 +225,7 @@ def test_a_user_s_own_choice_is_reported() -> None:
 
 def test_a_model_says_what_its_cores_run_by() -> None:
     dilated = partial(Dilated, segments=[8, 16], dilations=[1, 2])
-    say = partial(kernels, device=CPU, dtype=torch.float32, tokens=32)
+    say = partial(kernels, kind=Core, device=CPU, dtype=torch.float32, tokens=32)
     assert say(tiny()) == "flash (CPU)"
     assert say(tiny(block=block(attention=attention(core=SoftCapped)))) == "scores in memory"
     assert say(tiny(block=block(attention=attention(core=dilated)))) == "Dilated"

@@ -1,6 +1,7 @@
 """What each tensor is, and the groups that follow from it."""
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch.nn import Parameter
 from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.base import count
 from blagpt_pl.nn.head import LinearHead
-from blagpt_pl.optim.roles import OWN, ROLES, groups_by_role
+from blagpt_pl.nn.roles import roles_of
+from blagpt_pl.optim.composite import Composite
+from blagpt_pl.optim.roles import OWN, ROLES, groups_by_role, scale_learning_rates
+from blagpt_pl.optim.schedule import Constant
 
 
 def groups_of(model: nn.Module) -> dict[str, dict]:
@@ -110,3 +114,57 @@ def test_a_mistake_is_told(roles: dict[str, str], message: str) -> None:
     named = [(name, Parameter(torch.zeros(1))) for name in "abc"]
     with pytest.raises(ValueError, match=message):
         groups_by_role(iter(named), roles)
+
+
+# ---------------------------------------------------------------------- what drives a recurrence
+
+
+class Recurrent(nn.Module):
+    """Says what its own parameters are, and nothing of those within."""
+
+    roles: ClassVar[dict[str, str]] = {"A_log": "recurrence", "low_rank": "recurrence", "w0": "timescale"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log, self.low_rank, self.w0 = (Parameter(torch.ones(s)) for s in ((3,), (3, 2), (3,)))
+        self.gain, self.kernel = Parameter(torch.ones(3)), Parameter(torch.ones(3, 2))
+        self.within = nn.Linear(2, 3)
+
+
+def test_a_module_says_what_its_own_parameters_are() -> None:
+    model = nn.ModuleDict({"mixer": Recurrent(), "head": nn.Linear(3, 5)})
+    found = roles_of(model, model["head"])
+    assert {name.removeprefix("mixer."): role for name, role in found.items() if "mixer" in name} == {
+        "A_log": "recurrence",
+        "low_rank": "recurrence",
+        "w0": "timescale",
+        "gain": "vector",
+        "kernel": "matrix",
+        "within.weight": "matrix",
+        "within.bias": "vector",
+    }
+    groups = {g["role"]: g for g in groups_by_role(model.named_parameters(), found)}
+    assert list(groups) == list(dict.fromkeys(r for r in ROLES if r != "embedding"))
+    assert groups["recurrence"]["weight_decay"] == groups["timescale"]["weight_decay"] == 0.0
+    assert "weight_decay" not in groups["matrix"]
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_a_timescale_learns_twice_as_fast_under_any_schedule(composite: bool) -> None:
+    model = nn.ModuleDict({"mixer": Recurrent(), "head": nn.Linear(3, 5)})
+    groups = groups_by_role(model.named_parameters(), roles_of(model, model["head"]))
+    sgd = partial(torch.optim.SGD, lr=0.5)
+    optimizer = Composite(groups, matrix=partial(sgd, lr=0.1), other=sgd) if composite else sgd(groups)
+    scale_learning_rates(optimizer)
+    scheduler = Constant(10, warmup=4).on(optimizer)
+    for step in range(1, 6):
+        rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+        assert rates["timescale"] == pytest.approx(2 * rates["recurrence"])
+        assert rates["recurrence"] == pytest.approx(rates["vector"]) == pytest.approx(0.5 * min(step / 4, 1))
+        before = model["mixer"].w0.detach().clone(), model["mixer"].A_log.detach().clone()
+        (model["mixer"].w0.sum() + model["mixer"].A_log.sum()).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        moved = before[0] - model["mixer"].w0, before[1] - model["mixer"].A_log
+        assert torch.allclose(moved[0], 2 * moved[1])

@@ -28,6 +28,7 @@ BLOCKS = (
 )  # fmt: skip
 
 Pair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, t, s -> whether query t reads key s
+Value = int | tuple[int, ...] | None  # what a rule is told
 Change = Callable[[Tensor], Tensor]  # a score -> what it becomes
 
 
@@ -44,7 +45,7 @@ def band(window: int | None) -> Pair:
 
 
 @cache
-def found(rule: Callable[..., Pair], value: int | None, length: int, device: torch.device) -> tuple[Tensor, ...]:
+def found(rule: Callable[..., Pair], value: Value, length: int, device: torch.device) -> tuple[Tensor, ...]:
     """The tensors of the rule's block mask; neither of inference mode nor of a graph, for whoever comes next."""
     with torch.inference_mode(False), torch.no_grad():
         mask = create_block_mask(rule(value), None, None, length, length, device=device)
@@ -52,12 +53,12 @@ def found(rule: Callable[..., Pair], value: int | None, length: int, device: tor
 
 
 @torch.compiler.assume_constant_result
-def blocks(rule: Callable[..., Pair], value: int | None, length: int, device: torch.device) -> tuple[Tensor, ...]:
+def blocks(rule: Callable[..., Pair], value: Value, length: int, device: torch.device) -> tuple[Tensor, ...]:
     """`found`, a constant in compiled code."""
     return found(rule, value, length, device)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, rule: Callable[..., Pair], value: int | None, cap: float | None) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, rule: Callable[..., Pair], value: Value, cap: float | None) -> Tensor:
     """Through flex_attention, a kernel once it is compiled: q (B, H, T, K), k (B, G, T, K), v (B, G, T, K') -> (B, H, T, K').
 
     Args:
