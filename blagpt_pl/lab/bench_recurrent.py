@@ -1,10 +1,10 @@
-"""`blagpt bench recurrent`: recurrences by chunks against the same step by step, and against Hugging Face's, against length.
+"""`blagpt bench recurrent`: recurrences as the parts run them, the same step by step, and Hugging Face's, against length.
 
 What     the operators of Mamba-2 (`ssd`), RWKV-7 (`dplr`) and Mamba-1 (`scan`), float32, one sequence, at the sizes of a model of 130 M:
          H 24, P 64, N 128; H 12, K 64; 1536 channels, N 16
-Forms    chunked: what the parts run where they have no kernel, and `kernel` where it is installed; step by step: the definition, one
-         position after the other, whose backward pass is timed at the shortest length alone; Hugging Face: transformers' torch form of
-         Mamba-2 in chunks of 256, its default, and of 64, ours
+Forms    ours: what the parts run, by chunks (`scan` on a CPU: position by position, with gradients written out), and `kernel` where it
+         is installed; step by step: the definition, whose backward pass is timed at the shortest length alone; Hugging Face:
+         transformers' torch form of Mamba-2 in chunks of 256, its default, and of 64, ours
 """
 
 import argparse
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     Operator = Callable[..., tuple[Tensor, Tensor]]
 
-WHAT = "time recurrences by chunks, step by step, and Hugging Face's, against the length of the sequence"
+WHAT = "time recurrences: ours, step by step, and Hugging Face's, against the length of the sequence"
 OPERATORS = ("ssd", "dplr", "scan")
 LENGTHS = {"small": [1024, 2048, 4096, 8192], "full": [1024, 2048, 4096, 8192, 16384]}
-CHUNKED, STEPS = "chunked", "step by step"
+OURS, STEPS = "ours", "step by step"
 COLUMNS = [
     Column("name", ""),
     Column("tokens", "tokens"),
     Column("forward_ms", "forward ms", ",.1f"),
     Column("both_ms", "and backward ms", ",.1f"),
     Column("tokens_per_s", "tokens/s, forward", ",.0f"),
-    Column("forward_ratio", f"forward, to {CHUNKED}", "{:.2f} x".format),
-    Column("both_ratio", f"both, to {CHUNKED}", "{:.2f} x".format),
+    Column("forward_ratio", f"forward, to {OURS}", "{:.2f} x".format),
+    Column("both_ratio", f"both, to {OURS}", "{:.2f} x".format),
 ]
 
 
@@ -137,10 +137,10 @@ def forms_of(operator: str, device: "torch.device") -> dict[str, "Operator"]:
     from blagpt_pl.nn.recurrent.selective_scan import selective_scan
     from blagpt_pl.nn.recurrent.ssd import ssd
 
-    chunked = {"ssd": ssd, "dplr": dplr, "scan": selective_scan}[operator]
+    ours = {"ssd": ssd, "dplr": dplr, "scan": selective_scan}[operator]
     steps = {"ssd": ssd_steps, "dplr": dplr_steps, "scan": scan_steps}[operator]
     kernel = {"ssd": kernels.ssd, "dplr": kernels.dplr}.get(operator)
-    found = {CHUNKED: chunked, STEPS: steps}
+    found = {OURS: ours, STEPS: steps}
     if kernel is not None and kernels.available(device):
         found["kernel"] = kernel
     if operator == "ssd":
@@ -207,23 +207,23 @@ def _both(run: "Operator", given: list["Tensor"]) -> None:
 
 
 def compare(rows: list[dict]) -> None:
-    """Add tokens a second, and what each form takes of the chunked one of the same operator and length."""
-    chunked = {(row["operator"], row["tokens"]): row for row in rows if row["form"] == CHUNKED}
+    """Add tokens a second, and what each form takes of ours of the same operator and length."""
+    ours_of = {(row["operator"], row["tokens"]): row for row in rows if row["form"] == OURS}
     for row in rows:
-        ours = chunked[row["operator"], row["tokens"]]
+        ours = ours_of[row["operator"], row["tokens"]]
         row["tokens_per_s"] = 1e3 * row["tokens"] / row["forward_ms"]
         row["forward_ratio"] = row["forward_ms"] / ours["forward_ms"]
         row["both_ratio"] = row["both_ms"] / ours["both_ms"] if "both_ms" in row else None
 
 
 def growths(rows: list[dict]) -> list[str]:
-    """For each operator how the chunked form's time grows with the length."""
+    """For each operator how our form's time grows with the length."""
     from blagpt_pl.lab.bench_scaling import exponent
 
     said = []
     for operator in dict.fromkeys(row["operator"] for row in rows):
-        mine = [row for row in rows if row["operator"] == operator and row["form"] == CHUNKED]
+        mine = [row for row in rows if row["operator"] == operator and row["form"] == OURS]
         a = exponent([row["tokens"] for row in mine], [row["both_ms"] for row in mine])
         if a is not None:
-            said.append(f"Fit: {operator} by chunks, forward and backward ~ T^{a:.2f} ({len(mine)} lengths).")
+            said.append(f"Fit: {operator} of ours, forward and backward ~ T^{a:.2f} ({len(mine)} lengths).")
     return said

@@ -8,7 +8,7 @@ import torch
 
 from blagpt_pl.errors import ConfigError
 from blagpt_pl.lab.bench import main
-from blagpt_pl.lab.bench_recurrent import CHUNKED, OPERATORS, STEPS, compare, forms_of, growths, inputs_of
+from blagpt_pl.lab.bench_recurrent import OPERATORS, OURS, STEPS, compare, forms_of, growths, inputs_of
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_all_forms_compute_the_same(operator: str) -> None:
     given = inputs_of(operator, 37, CPU)
     forms = forms_of(operator, CPU)
-    assert list(forms)[:2] == [CHUNKED, STEPS]
+    assert list(forms)[:2] == [OURS, STEPS]
     found = {}
     for name, run in forms.items():
         y, state = run(*given)
@@ -46,9 +46,9 @@ def test_the_table_compares_within_an_operator_and_a_length() -> None:
             **({} if both is None else {"both_ms": both}),
         }
         for form, tokens, ms, both in (
-            (CHUNKED, 10, 2.0, 4.0),
+            (OURS, 10, 2.0, 4.0),
             (STEPS, 10, 6.0, 40.0),
-            (CHUNKED, 20, 4.0, 8.0),
+            (OURS, 20, 4.0, 8.0),
             (STEPS, 20, 5.0, None),
         )
     ]
@@ -56,18 +56,18 @@ def test_the_table_compares_within_an_operator_and_a_length() -> None:
     assert [row["forward_ratio"] for row in rows] == [1.0, 3.0, 1.0, 1.25]
     assert [row["both_ratio"] for row in rows] == [1.0, 10.0, 1.0, None]
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([5000, 10000 / 6, 5000, 4000])
-    assert growths(rows) == ["Fit: ssd by chunks, forward and backward ~ T^1.00 (2 lengths)."]
+    assert growths(rows) == ["Fit: ssd of ours, forward and backward ~ T^1.00 (2 lengths)."]
 
 
 def test_it_prints_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(f"recurrent --operators dplr --lengths 8 16 --repeats 1 --warmup 0 --device cpu --out {tmp_path}".split())
     said = capsys.readouterr().out
-    assert "| dplr, chunked" in said and "| dplr, step by step" in said
+    assert "| dplr, ours" in said and "| dplr, step by step" in said
     rows = json.loads((tmp_path / "recurrent.json").read_text())["rows"]
     assert [(row["form"], row["tokens"], "both_ms" in row) for row in rows] == [
-        (CHUNKED, 8, True),
+        (OURS, 8, True),
         (STEPS, 8, True),
-        (CHUNKED, 16, True),
+        (OURS, 16, True),
         (STEPS, 16, False),
     ]
     assert (tmp_path / "recurrent.svg").is_file()

@@ -222,5 +222,6 @@ def test_it_is_one_graph() -> None:
 
 def test_it_says_how_it_is_computed() -> None:
     part = mixer(SITE)
-    assert part.kernel(torch.device("cpu"), torch.float32, 1024) == "chunks of 32"
-    assert part.kernel(torch.device("cpu"), torch.float32, 8) == "chunks of 8"
+    assert part.kernel(torch.device("cuda"), torch.float32, 1024) == "chunks of 32"
+    assert part.kernel(torch.device("cuda"), torch.float32, 8) == "chunks of 8"
+    assert part.kernel(torch.device("cpu"), torch.float32, 8) == "one position after the other"

@@ -1,12 +1,13 @@
 """The selective scan: equal to its definition, forwards and backwards, at any length, decay and chunk."""
 
-from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from naive_selective_scan import scan
 from torch import Tensor
 
+from blagpt_pl.nn.recurrent import scan_parallel, scan_serial
 from blagpt_pl.nn.recurrent import selective_scan as module
 from blagpt_pl.nn.recurrent.selective_scan import selective_scan
 
@@ -37,6 +38,13 @@ def values_and_gradients(run: object, given: list[Tensor]) -> list[Tensor]:
 def gaps(mine: list[Tensor], theirs: list[Tensor]) -> list[float]:
     """Of each pair, over what is largest in it."""
     return [((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in zip(mine, theirs, strict=True)]
+
+
+@pytest.fixture(params=[scan_serial, scan_parallel], ids=["serial", "parallel"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Everything holds of both forms; each device has one."""
+    monkeypatch.setattr(module, "run", lambda name, *given: getattr(request.param, name)(*given))
+    return request.param
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
@@ -124,14 +132,16 @@ def test_it_is_one_graph() -> None:
     assert max(found) < 1e-6
 
 
-def test_it_can_be_compiled_within_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_compiled_within_its_operations(form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is on CUDA, in what is compiled itself."""
+    if form is scan_serial:
+        pytest.skip("a CPU's form, which writes into buffers")
     torch._dynamo.reset()
     given, compiled = inputs(7, dtype=torch.float32), []
 
-    def run(function: Callable, *given: Tensor | int) -> object:
-        compiled.append(function.__name__)
-        return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)(*given)
+    def run(name: str, *given: Tensor | int) -> object:
+        compiled.append(name)
+        return torch.compile(getattr(form, name), backend="aot_eager", fullgraph=True, dynamic=False)(*given)
 
     def scanned(*given: Tensor) -> tuple[Tensor, Tensor]:
         return selective_scan(*given, chunk=3)
@@ -143,6 +153,19 @@ def test_it_can_be_compiled_within_its_operations(monkeypatch: pytest.MonkeyPatc
     torch._dynamo.reset()
     assert max(found) < 1e-6
     assert compiled == ["forwards", "backwards"]
+
+
+def test_which_form_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "fused", lambda function: lambda *given: ("fused", function))
+
+    class OnCuda:
+        is_cuda = True
+
+    assert module.run("forwards", OnCuda()) == ("fused", scan_parallel.forwards)
+    assert module.run("backwards", OnCuda()) == ("fused", scan_parallel.backwards)
+    monkeypatch.setattr(scan_serial, "forwards", lambda *given: "serial")
+    assert module.run("forwards", torch.zeros(1)) == "serial"
 
 
 def test_what_torch_asks_of_an_operation() -> None:

@@ -21,7 +21,7 @@ from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.base import Carry, NormFactory, OutputLinear, SequenceMixer, Site, StackedLinear, built, wide
 from blagpt_pl.nn.checks import at_least_one
 from blagpt_pl.nn.recurrent.conv import ShortConv
-from blagpt_pl.nn.recurrent.selective_scan import CHUNK, SelectiveScan
+from blagpt_pl.nn.recurrent.selective_scan import SelectiveScan, form
 
 STEPS = 1e-3, 0.1  # step sizes that channels start with
 Memory = tuple[Tensor, Tensor]  # the last k - 1 inputs of the convolution, and the state
@@ -116,7 +116,7 @@ class Mamba1(SequenceMixer):
 
     def kernel(self, device: torch.device, dtype: torch.dtype, tokens: int) -> str:
         """How it is computed there in training."""
-        return f"chunks of {min(CHUNK, tokens)}"
+        return form(device, tokens)
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         past = None if carry.states is None else carry.states.take()

@@ -32,7 +32,7 @@ from blagpt_pl.nn.base import (
 )
 from blagpt_pl.nn.checks import at_least_one, positive
 from blagpt_pl.nn.recurrent.mamba1 import SelectiveSSM, rank_of
-from blagpt_pl.nn.recurrent.selective_scan import CHUNK
+from blagpt_pl.nn.recurrent.selective_scan import form
 
 GLOBAL, LOCAL = "g", "l"
 KEYS, VALUES = "parallel_heads.k", "parallel_heads.v"  # in the memo: of the last local layer that had its own
@@ -152,7 +152,7 @@ class HymbaMixer(SequenceMixer):
 
     def kernel(self, device: torch.device, dtype: torch.dtype, tokens: int) -> str:
         """How Mamba's half is computed there in training."""
-        return f"chunks of {min(CHUNK, tokens)}"
+        return form(device, tokens)
 
     def split_heads(self, x: Tensor, n: int) -> Tensor:
         """(B, T, n K) -> (B, n, T, K)."""

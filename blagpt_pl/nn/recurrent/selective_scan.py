@@ -3,14 +3,12 @@
 Source   Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752, eq. (2a) and
          Algorithm 2, with A by zero-order hold and B by Euler's rule, as the authors' code has it
 Formula  h_t = exp(dt_t a) ⊙ h_{t-1} + dt_t x_t b_t;  y_t = Σ_n h_{t,n} c_{t,n};  h (I, N), a (I, N) < 0, b and c (N,)
-How      chunks of L positions side by side: each from a state of 0, position by position; then the states at the chunks' ends, chunk by
-         chunk, exp(a Σ dt) being a chunk's decay; then what each chunk's first state adds to its outputs. No decay is ever divided
-         by, every exponent is at most 0: nothing overflows, however strong it is. The gradients are written out in the same way.
-         Forward and backward are one operation of torch each (`torch.library`): a compiled block has them as two nodes of its graph, not
-         as thousands. On CUDA they are themselves compiled, on first use, and shared by all layers
-Cost     O(T I N), elementwise: 2 exponentials a number of the state and position forward, 3 more backward; 2 L + T / L steps. Kept for
-         the backward pass: the inputs and the T / L states between chunks. It computes the states within chunks again, B T I N numbers
-         while the backward pass of one layer runs. `SelectiveScan` says that it has no FLOPs, as all that is elementwise (nn/flop_rules.py)
+How      on a CPU position by position (scan_serial.py), on CUDA with chunks side by side (scan_parallel.py), compiled on first use and
+         shared by all layers. No decay is ever divided by, every exponent is at most 0: nothing overflows, however strong it is. The
+         gradients are written out. Forward and backward are one operation of torch each (`torch.library`): a compiled block has them as
+         two nodes of its graph, not as thousands
+Cost     O(T I N), elementwise. Kept for the backward pass: the inputs, and a state every L positions; it computes those between again.
+         `SelectiveScan` says that it has no FLOPs, as all that is elementwise (nn/flop_rules.py)
 Kernels  flash-linear-attention has none; the authors' package mamba_ssm, which is no dependency, is not used
 """
 
@@ -19,81 +17,17 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blagpt_pl.nn.autocast import without_autocast
 from blagpt_pl.nn.compiled import APART
+from blagpt_pl.nn.recurrent import scan_parallel, scan_serial
 
-CHUNK = 32  # positions; at T = 1024, I = 1536, N = 16 on CPU, 16 and 64 are as fast, 8 takes twice as long
-
-
-def step(h: Tensor, ux: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """One position of all chunks: h (B, C, I, N), ux = dt x and dt (B, C, I), a (I, N), b (B, C, N) -> the next h."""
-    return (dt[..., None] * a).exp() * h + ux[..., None] * b[..., None, :]
+CHUNK = 32  # positions between two states that are kept
 
 
-def chunked(x: Tensor, size: int) -> Tensor:
-    """(B, T, .) -> (L, B, C, .), zeros behind the end: a step of length 0 changes nothing."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size)).permute(2, 0, 1, 3).contiguous()
-
-
-def joined(steps: list[Tensor], length: int) -> Tensor:
-    """L times (B, C, .) -> (B, T, .)."""
-    return torch.stack(steps, 2).flatten(1, 2)[:, :length].contiguous()
-
-
-def forwards(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, I), the last state (B, I, N), and the states before the chunks (B, C, I, N); arguments as for `selective_scan`."""
-    length = x.shape[1]
-    x, dt, b, c = (chunked(t, size) for t in (x, dt, b, c))
-    ux, since = dt * x, dt.cumsum(0)  # (L, B, C, I)
-    h = torch.zeros_like(state)[:, None].expand(-1, x.shape[2], -1, -1)  # (B, C, I, N)
-    own, y, starts = [], [], []
-    for t in range(size):
-        h = step(h, ux[t], dt[t], a, b[t])
-        own.append((h * c[t, :, :, None]).sum(-1))
-    decay = (since[-1, ..., None] * a).exp()
-    for i in range(x.shape[2]):
-        starts.append(state)
-        state = decay[:, i] * state + h[:, i]
-    first = torch.stack(starts, 1)
-    for t in range(size):
-        y.append(own[t] + ((since[t, ..., None] * a).exp() * first * c[t, :, :, None]).sum(-1))
-    return joined(y, length), state.contiguous(), first
-
-
-def backwards(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, first: Tensor, by_y: Tensor, by_state: Tensor, size: int
-) -> list[Tensor]:
-    """The gradients by x, dt, a, b, c and the state; those of y and of the last state are given."""
-    length = x.shape[1]
-    x, dt, b, c, by_y = (chunked(t, size) for t in (x, dt, b, c, by_y))
-    ux = dt * x
-    back = torch.zeros_like(first)  # by the state before a position, of what the chunk itself does with it
-    for t in reversed(range(size)):
-        back = (dt[t, ..., None] * a).exp() * (by_y[t, ..., None] * c[t, :, :, None] + back)
-    decay, later = (dt.sum(0)[..., None] * a).exp(), []
-    for i in reversed(range(first.shape[1])):
-        later.append(by_state)  # by the chunk's last state
-        by_state = decay[:, i] * by_state + back[:, i]
-    back, h = torch.stack(later[::-1], 1), [first]
-    for t in range(size):
-        h.append(step(h[t], ux[t], dt[t], a, b[t]))
-    by_a, by_x, by_dt, by_b, by_c = torch.zeros_like(a), [], [], [], []
-    for t in reversed(range(size)):
-        by_c.append((by_y[t, ..., None] * h[t + 1]).sum(-2))
-        by_h = by_y[t, ..., None] * c[t, :, :, None] + back  # (B, C, I, N)
-        back = (dt[t, ..., None] * a).exp() * by_h
-        by_exponent = back * h[t]
-        taken = (by_h * b[t, :, :, None]).sum(-1)  # (B, C, I): by dt x
-        by_x.append(dt[t] * taken)
-        by_dt.append(x[t] * taken + (by_exponent * a).sum(-1))
-        by_b.append((by_h * ux[t, ..., None]).sum(-2))
-        by_a = by_a + (by_exponent * dt[t, ..., None]).sum((0, 1))
-    by_x, by_dt, by_b, by_c = (joined(g[::-1], length) for g in (by_x, by_dt, by_b, by_c))
-    return [by_x, by_dt, by_a.contiguous(), by_b, by_c, by_state.contiguous()]
+def form(device: torch.device, tokens: int) -> str:
+    """How it runs there, in words."""
+    return f"chunks of {min(CHUNK, tokens)}" if device.type == "cuda" else "one position after the other"
 
 
 @cache
@@ -102,9 +36,11 @@ def fused(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False, **APART)
 
 
-def run(function: Callable, *given: Tensor | int) -> tuple[Tensor, ...] | list[Tensor]:
-    """Step by step, but fused on CUDA."""
-    return fused(function)(*given) if given[0].is_cuda else function(*given)
+def run(name: str, *given: Tensor | int) -> tuple[Tensor, ...] | list[Tensor]:
+    """The function of this name, `forwards` or `backwards`, in the form for where the tensors are."""
+    is_cuda = given[0].is_cuda
+    function = getattr(scan_parallel if is_cuda else scan_serial, name)
+    return fused(function)(*given) if is_cuda else function(*given)
 
 
 @torch.library.custom_op("blagpt::selective_scan", mutates_args=())
@@ -112,7 +48,7 @@ def scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forwards` as one operation, of contiguous tensors."""
-    y, last, first = run(forwards, x, dt, a, b, c, state, size)
+    y, last, first = run("forwards", x, dt, a, b, c, state, size)
     return y, last, first
 
 
@@ -121,7 +57,7 @@ def scan_backward(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, first: Tensor, by_y: Tensor, by_state: Tensor, size: int
 ) -> list[Tensor]:
     """`backwards` as one operation."""
-    return list(run(backwards, x, dt, a, b, c, first, by_y, by_state, size))
+    return list(run("backwards", x, dt, a, b, c, first, by_y, by_state, size))
 
 
 @scan.register_fake
