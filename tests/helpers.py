@@ -21,6 +21,7 @@ from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.mlp import MLP, GatedMLP
 from blagpt_pl.nn.norm import LayerNorm, RMSNorm
 from blagpt_pl.optim.schedule import Constant
+from blagpt_pl.testing.certificate import PROMISES, check_model
 
 V, T, D, L = 61, 32, 32, 2
 SITE = Site(d_model=D, n_layers=L, layer=0, vocab_size=V, context=T)
@@ -122,3 +123,12 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         self.seen.append(graph.code)
         return self.inner(graph, inputs)
+
+
+# Promises that take seconds each. `tests/lab/test_check.py` asks them of every shipped configuration; a variant of one answers the others.
+LENGTHY = {"compiled", "accumulation", "optimizer", "resume", "overfits", "fresh data", "slopes"}
+
+
+def check_variant(model: nn.Module) -> list:
+    """The promises of a model that is another form of a shipped one: all but the lengthy."""
+    return check_model(model, only=PROMISES.keys() - LENGTHY)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import D, T, V, batch, block, shake, tiny
+from helpers import D, T, V, batch, block, check_variant, shake, tiny
 from test_next_token import Memory
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,6 @@ from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.base import Carry, Site, count
 from blagpt_pl.nn.block import Block
 from blagpt_pl.nn.head import LinearHead, TiedHead
-from blagpt_pl.testing import check_model
 
 
 class Leaves(Block):
@@ -397,7 +396,7 @@ def test_its_blocks_start_and_are_told_like_the_last_one() -> None:
 
 
 def test_promises() -> None:
-    check_model(tiny(losses=heads(3)))
+    check_variant(tiny(losses=heads(3)))
 
 
 def test_it_learns_the_tokens_ahead() -> None:

@@ -8,7 +8,22 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SITE, VARIANTS, Graphs, L, attention, batch, block, carry_of, gated, qk_norm, shake, tiny, tiny_gpt2
+from helpers import (
+    SITE,
+    VARIANTS,
+    Graphs,
+    L,
+    attention,
+    batch,
+    block,
+    carry_of,
+    check_variant,
+    gated,
+    qk_norm,
+    shake,
+    tiny,
+    tiny_gpt2,
+)
 from torch import Tensor, nn
 
 from blagpt_pl.errors import ConfigError
@@ -75,7 +90,7 @@ def test_gpt2_has_124_439_808_parameters() -> None:
 
 @pytest.mark.parametrize("build", VARIANTS.values(), ids=VARIANTS)
 def test_promises(build: Callable) -> None:
-    check_model(build())
+    check_variant(build())
 
 
 def test_checking_leaves_a_model_alone(model: nn.Module) -> None:

@@ -73,9 +73,12 @@ def test_every_technique_composes(model: str, technique: str) -> None:
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - {"tokenformer"}))  # whose class the baseline has
 def test_trunk_and_loss_are_one_graph(model: str) -> None:
-    """With `whole_graph` nothing breaks it, and it computes what the eager one does."""
+    """With `whole_graph` nothing breaks it, and it computes what the eager one does.
+
+    The graphs run as they were traced; that AOT takes them is a promise of `blagpt check`, region by region.
+    """
     torch._dynamo.reset()
-    seen = Graphs()
+    seen = Graphs("eager")
     eager, whole = (built(merged(model=model)) for _ in range(2))
     fingerprint(eager)  # moves every parameter off its start
     whole.load_state_dict(eager.state_dict())

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import V, adamw, attention, batch, block, shake
+from helpers import V, adamw, attention, batch, block, check_variant, shake
 from shipped import MODELS, built
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,8 +28,6 @@ from blagpt_pl.nn.norm import RMSNorm
 from blagpt_pl.nn.roles import splits_of
 from blagpt_pl.nn.stack import through
 from blagpt_pl.optim.schedule import Constant
-from blagpt_pl.testing import check_model
-from blagpt_pl.testing.certificate import PROMISES
 
 D, H, G, FF = 16, 2, 1, 32  # width of the stream, heads, groups, hidden width
 N, P, T = 3, 4, 24  # slots, vectors of a state, context
@@ -270,7 +268,7 @@ def test_promises() -> None:
         "token_bias": True,
         "losses": [ZLoss],
     }
-    check_model(ftp(d_model=32, n_layers=1, **added), only=PROMISES.keys() - {"compiled"})
+    check_variant(ftp(d_model=32, n_layers=1, **added))
 
 
 def test_dropout_acts_in_training_only() -> None:

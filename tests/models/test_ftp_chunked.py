@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import V, adamw, attention, batch, block, qk_norm, shake
+from helpers import V, adamw, attention, batch, block, check_variant, qk_norm, shake
 from shipped import MODELS, built
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +30,6 @@ from blagpt_pl.nn.roles import splits_of
 from blagpt_pl.nn.stack import through
 from blagpt_pl.optim.schedule import Constant
 from blagpt_pl.testing import check_model
-from blagpt_pl.testing.certificate import PROMISES
 
 D, H, G, FF = 16, 2, 1, 32  # width of the stream, heads, groups, hidden width
 N, T = 4, 24  # tokens of a chunk, context
@@ -172,10 +171,7 @@ def test_the_originals_first_chunk_looks_into_the_future_and_that_is_noticed() -
 def test_promises() -> None:
     """With all that can be added; as it is shipped, and compiled, `tests/lab/test_check.py` examines it."""
     added = {"dropout": 0.1, "block": small_block(dropout=0.1, post_norm=RMSNorm), "token_bias": True}
-    check_model(
-        chunked(d_model=32, n_layers=1, losses=[ZLoss, partial(MultiToken, n=2)], **added),
-        only=PROMISES.keys() - {"compiled"},
-    )
+    check_variant(chunked(d_model=32, n_layers=1, losses=[ZLoss, partial(MultiToken, n=2)], **added))
 
 
 def test_z_loss_and_multi_token_read_what_the_model_gives_them() -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import SITE, D, T, V, adamw, attention, batch, block, gated, shake
+from helpers import SITE, D, T, V, adamw, attention, batch, block, check_variant, gated, shake
 from naive_hourglass import logits
 from shipped import BASELINE, MODELS, built
 from torch import Tensor, nn
@@ -29,12 +29,10 @@ from blagpt_pl.nn.pooling import AttentionPool, AveragePool, LinearPool
 from blagpt_pl.nn.upsampling import AttentionUpsample, LinearUpsample, RepeatUpsample
 from blagpt_pl.optim.schedule import Constant
 from blagpt_pl.testing import check_model
-from blagpt_pl.testing.certificate import PROMISES
 from blagpt_pl.testing.promises import check_causal, influence
 from blagpt_pl.testing.subject import train
 
 H = 4
-LONG = {"compiled", "accumulation", "optimizer", "resume", "overfits", "fresh data", "slopes"}
 cross = partial(CrossAttention, n_heads=H, qk_norm=RMSNorm)
 attentive_pool = partial(AttentionPool, pool=LinearPool, attention=cross, norm=RMSNorm)
 attentive_upsample = partial(
@@ -164,7 +162,7 @@ def test_a_residual_that_is_shifted_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 )  # fmt: skip
 def test_promises(build: Callable) -> None:
     """The others take long, and are examined with the shipped configuration by `blagpt check`."""
-    verdicts = check_model(build(), only=PROMISES.keys() - LONG)
+    verdicts = check_variant(build())
     assert all(v.state == "kept" for v in verdicts)
 
 

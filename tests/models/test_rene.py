@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import D, T, V, adamw, batch, shake
+from helpers import D, T, V, adamw, batch, check_variant, shake
 from naive_zamba2 import rene as naive
 from shipped import BASELINE, MODELS, built
 from torch import Tensor
@@ -25,11 +25,8 @@ from blagpt_pl.nn.norm import RMSNorm
 from blagpt_pl.nn.recurrent.mamba2 import Mamba2
 from blagpt_pl.nn.states import States
 from blagpt_pl.optim.schedule import Constant
-from blagpt_pl.testing import check_model
-from blagpt_pl.testing.certificate import PROMISES
 
 H, W, N, P, L = 4, 5, 6, 16, 8  # heads, window, state, channels of a Mamba head, its chunk
-LONG = {"compiled", "accumulation", "optimizer", "resume", "overfits", "fresh data", "slopes"}
 mamba = partial(Mamba2, d_state=N, head_dim=P, chunk=L, norm_before_gate=True)
 attention = partial(Attention, n_heads=H, core=partial(Windowed, window=W), qkv_bias=True, out_bias=True)
 mlp = partial(MLP, activation=GELU, ratio=3, bias=True)
@@ -153,7 +150,7 @@ def test_what_drives_the_recurrence_is_neither_decayed_nor_orthogonalised() -> N
 )  # fmt: skip
 def test_promises(changes: dict) -> None:
     """The others take long, and are examined with the shipped configuration by `blagpt check`."""
-    verdicts = check_model(small(**changes), only=PROMISES.keys() - LONG)
+    verdicts = check_variant(small(**changes))
     assert {v.promise for v in verdicts if v.state != "kept"} <= {"long memory"}
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import D, T, V, batch, shake, tiny
+from helpers import D, T, V, batch, check_variant, shake, tiny
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +14,6 @@ from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.base import count
 from blagpt_pl.nn.head import LinearHead
 from blagpt_pl.nn.init import GPT2Init
-from blagpt_pl.testing import check_model
 
 biased = partial(tiny, token_bias=True)
 
@@ -103,7 +102,7 @@ def test_only_rows_that_were_read_receive_a_gradient() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"head": LinearHead}])
 def test_the_promises_of_a_model_hold(changes: dict) -> None:
-    check_model(biased(**changes))
+    check_variant(biased(**changes))
 
 
 def additions() -> dict[str, dict]:

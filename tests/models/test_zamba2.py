@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import D, Graphs, T, V, adamw, batch, shake
+from helpers import D, Graphs, T, V, adamw, batch, check_variant, shake
 from naive_zamba2 import zamba2 as naive
 from shipped import BASELINE, MODELS, built
 from torch import Tensor, nn
@@ -32,12 +32,9 @@ from blagpt_pl.nn.roles import splits_of
 from blagpt_pl.nn.shared_block import SharedBlock, TakingUp
 from blagpt_pl.nn.states import States
 from blagpt_pl.optim.schedule import Constant
-from blagpt_pl.testing import check_model
-from blagpt_pl.testing.certificate import PROMISES
 
 H, R, N, P, L = 4, 6, 8, 16, 8  # heads, rank, state, channels of a Mamba head, its chunk
 ORDER = "mgggm"  # three uses of two blocks: the third is the first one's again
-LONG = {"compiled", "accumulation", "optimizer", "resume", "overfits", "fresh data", "slopes"}
 rms = partial(RMSNorm, eps=1e-5)
 mamba = partial(Mamba2, d_state=N, head_dim=P, chunk=L, dt_min=1e-3)
 
@@ -275,7 +272,7 @@ def test_roles_and_stacks() -> None:
 )  # fmt: skip
 def test_promises(changes: dict) -> None:
     """The others take long, and are examined with the shipped configuration by `blagpt check`."""
-    assert all(v.state == "kept" for v in check_model(small(**changes), only=PROMISES.keys() - LONG))
+    assert all(v.state == "kept" for v in check_variant(small(**changes)))
 
 
 # ---------------------------------------------------------------------- size and cost

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SITE, D, L, attention, batch, block, carry_of, heads, qk_norm, shake, tiny
+from helpers import SITE, D, L, attention, batch, block, carry_of, check_variant, heads, qk_norm, shake, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +12,7 @@ from blagpt_pl.models.blagpt import BlaGPT
 from blagpt_pl.nn.attention.edit_kv_shift import KVShift
 from blagpt_pl.nn.attention.edit_rope import RoPE
 from blagpt_pl.nn.base import count
-from blagpt_pl.testing import check_model, check_part
+from blagpt_pl.testing import check_part
 
 
 def projected(n: int, n_kv: int, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -162,7 +162,7 @@ def test_before_rope_the_previous_key_takes_the_position_of_the_mixture() -> Non
 
 
 def test_the_promises_of_a_model_hold() -> None:
-    check_model(tiny(block=block(attention=attention(edits=[KVShift, qk_norm, RoPE]))))
+    check_variant(tiny(block=block(attention=attention(edits=[KVShift, qk_norm, RoPE]))))
 
 
 class ShiftsTheOtherWay(KVShift):
