@@ -16,10 +16,10 @@ HOUSE = Path(__file__).resolve().parents[1]
 ROOMS = ("nn", "losses", "optim", "models", "data", "callbacks")
 BASES = ("token_model.py",)  # what parts of the rooms derive from, and are not told of it by a room
 KINDS = {  # kind: (base class, socket)
-    "norm": ("Norm", "model.norm, model.block.norm, model.block.post_norm"),
+    "norm": ("Norm", "model.norm, model.block.norm, model.block.post_norm, model.embedding_norm"),
     "activation": ("Activation", "model.block.mlp.activation"),
-    "mlp": ("ChannelMixer", "model.block.mlp"),
-    "attention": ("SequenceMixer", "model.block.attention"),
+    "mlp": ("ChannelMixer", "model.block.mlp, model.block.part of a SoloBlock"),
+    "attention": ("SequenceMixer", "model.block.attention, model.block.part of a SoloBlock"),
     "edit": ("HeadEdit", "model.block.attention.edits, a list"),
     "core": ("Core", "model.block.attention.core"),
     "cross": ("Cross", "model.cross, and within pools and upsamplings"),
