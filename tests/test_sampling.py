@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from helpers import T, V, batch, shake, tiny
+from helpers import T, V, batch, shake, tiny, tiny_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blagpt_pl.sampling import choose, sample
+from blagpt_pl.models.blagpt import BlaGPT
+from blagpt_pl.nn.base import Carry
+from blagpt_pl.nn.states import States
+from blagpt_pl.sampling import choose, following, sample
 
 P = torch.tensor([0.05, 0.40, 0.10, 0.30, 0.15])
 
@@ -210,3 +213,34 @@ def test_a_token_costs_a_token() -> None:
     model.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     model.generate(torch.zeros(1, 5, dtype=torch.int64), T - 3)
     assert seen == [5, *[1] * (T - 5), T]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [T - 1, T, T + 1, 2 * T + 3])
+def test_what_follows_is_that_of_the_last_context(given: int) -> None:
+    model = shake(tiny(), 0.2).double().eval()
+    tokens, states = torch.randint(V, (2, given)), States()
+    for _ in range(3):
+        logits, states = following(model, tokens, states)
+        assert (logits - model(tokens[:, -T:])[:, -1]).abs().max() < 1e-10
+        assert (states is None) == (tokens.shape[1] > T)
+        tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
+
+
+class OtherTrunk(BlaGPT):
+    def trunk(self, tokens: Tensor) -> tuple[Tensor, Carry]:
+        return super().trunk(tokens)
+
+
+class OtherFeatures(BlaGPT):
+    def features(self, tokens: Tensor) -> Tensor:
+        return super().features(tokens)
+
+
+def test_who_remembers_a_part_of_it_only_does_not_continue() -> None:
+    assert tiny().can_continue()
+    assert not tiny_gpt2().can_continue()  # learned positions
+    for cls in (OtherTrunk, OtherFeatures):
+        model = tiny()
+        model.__class__ = cls
+        assert not model.can_continue()

@@ -120,11 +120,13 @@ class Zamba2(TokenModel):
     def layer(self, i: int, x: Tensor, carry: Carry) -> Tensor:
         """The stream through layer i: (B, T, D) -> (B, T, D)."""
         use = self.use.get(i)
-        if use is not None:
-            maps = self.adapters[use](x, carry)
-            said = self.shared[use % len(self.shared)](x, carry.but(memo=maps))  # (B, T, D)
-            carry = carry.but(memo={SHARED: said})
-        return self.layers[i](x, carry)
+        if use is None:
+            return self.layers[i](x, carry)
+        maps = self.adapters[use](x, carry)
+        carry.memo[SHARED] = self.shared[use % len(self.shared)](x, carry.but(memo=maps))  # (B, T, D)
+        y = self.layers[i](x, carry)
+        del carry.memo[SHARED]
+        return y
 
     def finish(self, x: Tensor, carry: Carry, block: nn.Module | None = None) -> Tensor:
         y = self.layer(len(self.layers) - 1, x, carry) if block is None else block(x, carry)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blagpt_pl.errors import ConfigError
+from blagpt_pl.lab import bench_recurrent as bench
 from blagpt_pl.lab.bench import main
 from blagpt_pl.lab.bench_recurrent import OPERATORS, OURS, STEPS, compare, forms_of, growths, inputs_of
 
@@ -85,3 +86,27 @@ def test_it_prints_and_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_cannot_be_measured_is_refused(words: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["recurrent", "--out", str(tmp_path), *words.split()])
+
+
+def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, x = [], torch.ones(3, requires_grad=True)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y = 2 * x
+        if y.requires_grad:
+            y.register_hook(lambda grad: seen.append("backward"))
+        seen.append(torch.is_grad_enabled())
+        return y, None
+
+    bench._forward(run, [x])
+    assert seen == [False]
+    bench._both(run, [x])
+    assert seen == [False, True, "backward"]
+    rows = [{"operator": "ssd", "form": OURS, "tokens": t, "forward_ms": t, "both_ms": t * t} for t in (10, 20)]
+    assert "T^2.00" in growths(rows)[0]
+    theirs, sizes = pytest.importorskip("transformers.models.mamba2.modeling_mamba2"), []
+    monkeypatch.setattr(theirs, "mamba2_chunk_scan", lambda *given, **options: sizes.append(given[5]))
+    for name, form in forms_of("ssd", CPU).items():
+        if "Hugging" in name:
+            form(*inputs_of("ssd", 5, CPU))
+    assert sizes == [256, 64]

@@ -28,6 +28,7 @@ from blagpt_pl.nn.memory import RecomputeBlocks
 from blagpt_pl.nn.norm import RMSNorm
 from blagpt_pl.nn.recurrent import parallel_heads
 from blagpt_pl.nn.recurrent.parallel_heads import HybridSite, HymbaMixer
+from blagpt_pl.nn.roles import blocks_of
 from blagpt_pl.nn.states import States
 from blagpt_pl.optim.schedule import Constant
 from blagpt_pl.testing import check_model
@@ -329,14 +330,14 @@ def test_the_core_keeps_nothing_quadratic_and_counts_its_pairs() -> None:
         (lambda: small(n_meta=0), r"model\.n_meta: 0"),
         (lambda: small(order="gg"), r"layer 0: HymbaMixer\.window: 4, and model\.order is 'gg'"),
         (lambda: small(partial(mixer, window=None)), r"layer 0: HymbaMixer\.window: None"),
-        (lambda: small(partial(mixer, window=40)), r"layer 1: MetaWindowed\.window: 40 and the first 5 leave nothing out of 37"),
-        (lambda: small(partial(mixer, window=1)), r"layer 1: MetaWindowed\.window: 1 "),
+        (lambda: small(partial(mixer, window=40)), r"layer 1: window: 40 and the first 5 leave nothing out of 37"),
+        (lambda: small(partial(mixer, window=1)), r"layer 1: window: 1 "),
         (lambda: small(partial(mixer, theta=-1.0)), r"layer 0: HymbaMixer\.theta: -1\.0"),
         (lambda: small(partial(mixer, n_heads=32, n_kv_heads=1)), r"n_heads: RoPE pairs numbers"),
         (lambda: small(partial(mixer, d_state=0)), r"layer 0: HymbaMixer\.d_state: 0"),
         (lambda: small(partial(Attention, n_heads=4, core=SDPA)), r"model\.block: no HymbaMixer in layer 0"),
         (lambda: mixer(SITE), r"fix: model\.class_path: Hymba"),
-        (lambda: MetaWindowed(Heads(SITE, 4, 2, 8), 4, 0), r"MetaWindowed\.always: 0"),
+        (lambda: MetaWindowed(Heads(SITE, 4, 2, 8), 4, 0), r"layer 0: always: 0"),
     ],
 )  # fmt: skip
 def test_what_is_refused(build: object, message: str) -> None:
@@ -371,3 +372,10 @@ def test_the_twin_is_used_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPat
     MetaWindowed(Heads(SITE, 4, 2, 8), 6, 3)(*heads_at(7))
     assert calls == [(flex, banded, (6, 3))]
     assert carry_of(torch.zeros(1, 1, D)).start == 0
+
+
+def test_rows_of_queries_and_keys_act_as_heads() -> None:
+    blocks, k = blocks_of(small()), D // H
+    q, kv, inner = (D, k), [(G * k, k), (G * 2 * k, 1)], (2 * D, 1)
+    assert blocks["blocks.0.attention.part.proj.weight"] == (q, *kv, inner, inner)
+    assert blocks["blocks.2.attention.part.proj.weight"] == (q, inner, inner)  # borrows

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import D, T, V, batch, check_variant, shake, tiny
+from overlaid import built, merged
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,3 +126,15 @@ def test_the_rest_starts_as_it_does_without_the_addition(name: str) -> None:
     drawn = [value for key, value in added.items() if key not in plain and value.ndim > 1]
     assert all(value.std() > 0 for value in drawn)
     assert len({value.flatten()[0].item() for value in drawn}) == len(drawn)  # no two of the same throws
+
+
+@pytest.mark.parametrize("name", ["hymba", "mamba2", "rene", "rwkv7", "zamba2"])
+@torch.no_grad()
+def test_the_bias_is_that_of_the_input_token(name: str) -> None:
+    tree = merged(model=name)
+    tree["model"]["init_args"]["token_bias"] = True
+    model = shake(built(tree), 0.1).eval()
+    tokens = torch.randint(model.vocab_size, (2, 9))
+    whole, bias = model.features(tokens), model.token_bias.weight.clone()
+    model.token_bias.weight.zero_()
+    assert (whole - model.features(tokens) - bias[tokens]).abs().max() < 1e-5

@@ -28,7 +28,8 @@ from blagpt_pl.nn.init import GPT2Init
 from blagpt_pl.nn.memory import RecomputeBlocks
 from blagpt_pl.nn.norm import RMSNorm
 from blagpt_pl.nn.recurrent.mamba2 import Mamba2
-from blagpt_pl.nn.roles import splits_of
+from blagpt_pl.nn.recurrent.rwkv7 import RWKV7TimeMix
+from blagpt_pl.nn.roles import blocks_of, splits_of
 from blagpt_pl.nn.shared_block import SharedBlock, TakingUp
 from blagpt_pl.nn.states import States
 from blagpt_pl.optim.schedule import Constant
@@ -319,3 +320,15 @@ def test_the_shipped_one_has_139_728_144() -> None:
     flops = count_flops(model, 1024)
     assert flops.forward_per_token == forward(order, 1024, 768, 64, 64, 64, 3072, 128, 50304, False) == 329_932_800
     assert flops.per_token == 989_798_400
+
+
+@pytest.mark.parametrize("order", ["mgm", "gmm", "mmg"])
+def test_what_a_layer_leaves_in_the_memo_reaches_later_ones(order: str) -> None:
+    model = shake(small(order=order, n_shared=1, mamba=partial(RWKV7TimeMix, head_dim=8)), 0.1)
+    assert model(tokens_of(13)).isfinite().all()
+
+
+def test_rows_of_queries_and_keys_act_as_heads() -> None:
+    blocks, width, head = blocks_of(small(adapted=True)), 2 * D, 2 * D // H
+    assert blocks["shared.0.attention.qkv.weight"] == ((width, head), (width, head), (width, 1))
+    assert [blocks.get(f"adapters.0.up.{name}.weight") for name in "qkv"] == [((width, head),)] * 2 + [None]

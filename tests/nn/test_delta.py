@@ -163,3 +163,13 @@ def test_its_cost_is_linear_and_as_said(chunk: int) -> None:
         with FlopCounterMode(display=False) as counter:
             dplr(*inputs(tokens), chunk=chunk)
         assert counter.get_total_flops() == 2 * B * H * tokens * expected
+
+
+def test_a_chunks_decay_may_reach_e_to_minus_165() -> None:
+    generator = torch.Generator().manual_seed(1)
+    r, _, k, v, a, b = torch.randn(6, 1, 32, 2, 8, dtype=torch.float64, generator=generator)
+    given = [r, torch.full_like(r, -165 / 32), k, v, a / 9, b / 9]
+    exact, _ = dplr(*given, chunk=1)
+    found, state = dplr(*(t.float() for t in given), chunk=32)
+    assert state.isfinite().all()
+    assert (found - exact).abs().max() < 2e-5 * exact.abs().max()

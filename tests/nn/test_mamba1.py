@@ -225,3 +225,16 @@ def test_it_says_how_it_is_computed() -> None:
     assert part.kernel(torch.device("cuda"), torch.float32, 1024) == "chunks of 32"
     assert part.kernel(torch.device("cuda"), torch.float32, 8) == "chunks of 8"
     assert part.kernel(torch.device("cpu"), torch.float32, 8) == "one position after the other"
+
+
+def test_autocast_does_not_reach_the_step_sizes() -> None:
+    part, seen = shake(Mamba1(SITE), 0.3).ssm, []
+    u, z = torch.randn(2, 2, 19, 2 * SITE.d_model).bfloat16().unbind(0)
+    part.scan.register_forward_pre_hook(lambda module, given: seen.append(given[:2]))
+    part.proj.register_forward_hook(lambda module, given, out: seen.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        part(u, z)
+    out, (_, dt) = seen
+    exact = F.softplus(out[..., : part.rows[0]].float() @ part.dt_weight.T + part.dt_bias)
+    assert dt.dtype == torch.float32
+    assert (dt - exact).abs().max() < 1e-5 * exact.abs().max()

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import attention
+from helpers import attention, carry_of, shake
 from torch import Tensor
 
 from blagpt_pl.nn.attention.backends import kernels as said
@@ -16,6 +16,7 @@ from blagpt_pl.nn.recurrent.delta import dplr
 from blagpt_pl.nn.recurrent.mamba2 import Mamba2
 from blagpt_pl.nn.recurrent.rwkv7 import RWKV7TimeMix
 from blagpt_pl.nn.recurrent.ssd import ssd
+from blagpt_pl.nn.states import States
 
 CALLS: list[dict] = []
 SITE = Site(d_model=32, n_layers=2, layer=0, vocab_size=61, context=32)
@@ -231,3 +232,26 @@ def test_the_kernel_is_close_to_the_twin_in_float64(fast: object, twin: object, 
     exact = outcome(twin, [t.detach().double().requires_grad_() for t in given])
     for i, (a, b) in enumerate(zip(mine, exact, strict=True)):
         assert (a - b).abs().max() < (1e-2 if i == 0 else 2e-2) * b.abs().max()
+
+
+@pytest.mark.parametrize("part", [Mamba2, RWKV7TimeMix])
+def test_a_part_gives_the_kernel_its_state(part: type, request: pytest.FixtureRequest) -> None:
+    mixer, x, found = shake(part(SITE, head_dim=8), 0.2), torch.randn(2, 11, 32), []
+    plain, states = mixer(x, carry_of(x)), States()
+    request.getfixturevalue("package")
+    for piece in x.split([4, 7], dim=1):
+        found.append(mixer(piece, Carry(carry_of(piece).tokens, piece, states=states)))
+        states = states.after(piece.shape[1])
+    assert len(CALLS) == 2
+    assert (torch.cat(found, dim=1) - plain).abs().max() < 2e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", [Mamba2, RWKV7TimeMix])
+@pytest.mark.usefixtures("package")
+def test_weights_of_16_bit_run_it_too(part: type, dtype: torch.dtype) -> None:
+    mixer, x = part(SITE, head_dim=8).to(dtype), torch.randn(2, 11, 32, dtype=dtype)
+    y = mixer(x, carry_of(x))
+    y.float().sum().backward()
+    assert CALLS and y.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in mixer.parameters() if p.grad is not None)

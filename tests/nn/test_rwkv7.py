@@ -310,3 +310,8 @@ def test_it_traces_whole() -> None:
     with torch.no_grad():
         assert (compiled(x) - model(x)).abs().max() < 1e-5
     torch._dynamo.reset()
+
+
+def test_w0_learns_twice_as_fast_in_the_models_optimizer() -> None:
+    rates = {group["role"]: group["lr"] for group in small().make_optimizer().param_groups}
+    assert rates["timescale"] == 2 * rates["recurrence"] == 2 * rates["matrix"]

@@ -125,3 +125,10 @@ def test_who_has_another_forward_must_say_anew_that_it_continues() -> None:
     assert not continues(latent(SITE, core=SDPA))
     assert not continues(LearnedPositions(SITE))
     assert continues(Blind()) and not continues(Shifting())
+
+
+def test_one_that_grows_is_enough() -> None:
+    states = States()
+    states.leave(torch.tensor(1), grows=True)
+    states.leave(torch.tensor(2))
+    assert states.grows and states.after(1).grows

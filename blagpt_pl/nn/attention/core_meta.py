@@ -80,7 +80,7 @@ class MetaWindowed(Core):
 
     def __init__(self, heads: Heads, window: int, always: int) -> None:
         super().__init__()
-        where, context = f"layer {heads.site.layer}: MetaWindowed.", heads.site.context
+        where, context = f"layer {heads.site.layer}: ", heads.site.context
         if window < 2:
             raise ValueError(f"{where}window: {window} (expected 2 or more: itself and one before it)")
         if always < 1:
@@ -88,7 +88,7 @@ class MetaWindowed(Core):
         if window + always >= context:
             raise ValueError(
                 f"{where}window: {window} and the first {always} leave nothing out of {context} positions (expected less "
-                "together); fix: a shorter window, or SDPA as the core"
+                "together); fix: a shorter window, or layers that are global"
             )
         self.heads = heads
         self.window = window

@@ -117,9 +117,9 @@ _differentiable(_delta, _delta_backward)
 
 
 def products(*tensors: Tensor) -> list[Tensor]:
-    """Contiguous, in what autocast makes products in; as they are where it is off."""
-    dtype = autocast_dtype(tensors[0].device)
-    return [t.contiguous() if dtype is None else t.to(dtype).contiguous() for t in tensors]
+    """Contiguous, and all in what autocast makes products in; where it is off, in the first one's dtype."""
+    dtype = autocast_dtype(tensors[0].device) or tensors[0].dtype
+    return [t.to(dtype).contiguous() for t in tensors]
 
 
 def ssd(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

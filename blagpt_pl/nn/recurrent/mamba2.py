@@ -27,7 +27,7 @@ STEPS = 1e-3, 0.1  # step sizes that the heads start with
 RATES = 1.0, 16.0  # and the rates at which they forget
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(nn.RMSNorm):
     """RMS-normalise groups of channels of what is gated, or gate what is normalised.
 
     Args:
@@ -38,11 +38,9 @@ class GatedRMSNorm(nn.Module):
     """
 
     def __init__(self, dim: int, groups: int, gate_first: bool, eps: float) -> None:
-        super().__init__()
+        super().__init__(dim, eps)
         self.groups = groups
         self.gate_first = gate_first
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         x, gate = wide(x), F.silu(wide(gate))
@@ -85,7 +83,7 @@ class Mamba2(SequenceMixer):
         expand: inner width over the stream's.
         n_groups: G, groups of heads that share where they write and read.
         conv: k, width of the convolution.
-        chunk: steps that are computed as one; a matter of speed alone.
+        chunk: steps that the torch form computes as one; a matter of speed alone, and a kernel has its own.
         norm_before_gate: whether the norm comes before the gate, not after it.
         dt_min: the smallest step size.
         norm_eps: added to the mean square in the norm.

@@ -153,7 +153,7 @@ class RWKV7TimeMix(SequenceMixer):
         if first is None:
             raise ValueError(
                 f"layer {self.layer}: RWKV7TimeMix mixes in the values of layer 0, which left none in this stream; fix: "
-                "RWKV7TimeMix as the attention of the stream's first layer, too"
+                "RWKV7TimeMix as the sequence mixer of the stream's first layer, too"
             )
         share = torch.sigmoid(wide(self.value) + wide(self.to_value(x)))
         return torch.lerp(wide(v), wide(first), share).to(v.dtype)
