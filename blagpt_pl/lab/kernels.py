@@ -64,5 +64,6 @@ def gpu_kernels() -> Iterator[None]:
         patch.object(F, "scaled_dot_product_attention", fused),
         patch("blagpt_pl.nn.attention.core_softcap.eager", fused),
         patch("blagpt_pl.nn.attention.core_window.banded", fused),
+        patch("blagpt_pl.nn.attention.core_meta.banded", fused),
     ):
         yield

@@ -27,7 +27,7 @@ STEPS = 1e-3, 0.1  # step sizes that the heads start with
 RATES = 1.0, 16.0  # and the rates at which they forget
 
 
-class GatedRMSNorm(nn.RMSNorm):
+class GatedRMSNorm(nn.Module):
     """RMS-normalise groups of channels of what is gated, or gate what is normalised.
 
     Args:
@@ -38,9 +38,11 @@ class GatedRMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, dim: int, groups: int, gate_first: bool, eps: float) -> None:
-        super().__init__(dim, eps)
+        super().__init__()
         self.groups = groups
         self.gate_first = gate_first
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         x, gate = wide(x), F.silu(wide(gate))
