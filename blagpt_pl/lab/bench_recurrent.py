@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from blagpt_pl.errors import ConfigError
-from blagpt_pl.lab.bench_report import Column, Report, lines
+from blagpt_pl.lab.bench_report import Column, Report, short
 from blagpt_pl.lab.timing import Case, spread, timed
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     Operator = Callable[..., tuple[Tensor, Tensor]]
@@ -181,15 +182,7 @@ def measure(args: argparse.Namespace, device: "torch.device") -> Report:
         row[f"{what}_ms"] = row.pop(f"{what}_median_ms")
     compare(rows)
     what = f"recurrent: one operator, one sequence, float32, {torch.get_num_threads()} threads, eager"
-    draw = partial(
-        lines,
-        rows=rows,
-        x=("tokens", "tokens"),
-        panels=[("forward_ms", "forward, ms"), ("both_ms", "forward and backward, ms")],
-        series="name",
-        title="recurrences: one operator, one sequence",
-    )
-    return Report(what, COLUMNS, rows, growths(rows), draw)
+    return Report(what, COLUMNS, rows, growths(rows), lambda figure: draw(figure, rows))
 
 
 def _forward(run: "Operator", given: list["Tensor"]) -> None:
@@ -227,3 +220,27 @@ def growths(rows: list[dict]) -> list[str]:
         if a is not None:
             said.append(f"Fit: {operator} of ours, forward and backward ~ T^{a:.2f} ({len(mine)} lengths).")
     return said
+
+
+def draw(figure: "Figure", rows: list[dict]) -> None:
+    """A column of panels for each operator: forward above, forward and backward below, a line for each form."""
+    operators = list(dict.fromkeys(row["operator"] for row in rows))
+    figure.set_size_inches(0.8 + 3.3 * len(operators), 5.4)
+    for column, operator in zip(figure.subplots(2, len(operators), squeeze=False).T, operators, strict=True):
+        mine = [row for row in rows if row["operator"] == operator]
+        for ax, key, title in zip(column, ("forward_ms", "both_ms"), ("forward", "and backward"), strict=True):
+            for form in dict.fromkeys(row["form"] for row in mine):
+                points = [(row["tokens"], row[key]) for row in mine if row["form"] == form and key in row]
+                ax.plot(*zip(*points, strict=True), marker="o", markersize=4, label=form)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.xaxis.set_major_formatter(lambda value, _: short(value))
+            ax.yaxis.set_major_formatter(lambda value, _: short(value))
+            ax.yaxis.set_minor_formatter(lambda value, _: "")
+            ax.set_title(f"{operator}, {title}, ms", fontsize=9)
+            ax.grid(color="#dddddd", linewidth=0.6)
+            ax.set_axisbelow(True)
+        low, high = column[0].get_ylim()
+        column[0].set_ylim(low, high * (high / low) ** 0.45)  # room for the names
+        column[0].legend(frameon=False, fontsize=7, loc="upper left")
+        column[1].set_xlabel("tokens")
