@@ -150,6 +150,10 @@ class Core(Continuing):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must return (B, H, T, K)")
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Of all keys or values so far (B, G, S, .) those that a later query may read."""
+        return x if self.reach is None else x[:, :, max(0, x.shape[2] - self.reach + 1) :]
+
     def flops_per_token(self, context: int) -> int:
         """Multiplications and additions of one forward, a token, at this many tokens of context."""
         raise NotImplementedError(f"{type(self).__name__} must count its FLOPs")

@@ -87,9 +87,7 @@ class HeadPipeline(SequenceMixer, ABC):
         past = states.take()
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        reach = self.core.reach
-        first = 0 if reach is None else max(0, k.shape[2] - reach + 1)
-        states.leave(k[:, :, first:], v[:, :, first:], grows=reach is None)
+        states.leave(self.core.kept(k), self.core.kept(v), grows=self.core.reach is None)
         return k, v
 
 

@@ -93,6 +93,7 @@ class MetaWindowed(Core):
         self.heads = heads
         self.window = window
         self.always = always
+        self.reach = window + always
 
     def kept(self, x: Tensor) -> Tensor:
         """Of all keys or values (B, G, S, .) those that a later query reads: the first, and the last but one of a window."""

@@ -10,7 +10,6 @@ Cost     2 D d + (k + 1) d + d (R + 2 N) + R d + d + d N + d + d D weights, d = 
          FLOPs a token: 2 (3 D d + d (2 R + 2 N)); convolution and scan are elementwise, and count as nothing
 """
 
-import math
 from typing import ClassVar
 
 import torch
@@ -22,8 +21,8 @@ from blagpt_pl.nn.base import Carry, NormFactory, OutputLinear, SequenceMixer, S
 from blagpt_pl.nn.checks import at_least_one
 from blagpt_pl.nn.recurrent.conv import ShortConv
 from blagpt_pl.nn.recurrent.selective_scan import SelectiveScan, form
+from blagpt_pl.nn.recurrent.step_sizes import step_biases
 
-STEPS = 1e-3, 0.1  # step sizes that channels start with
 Memory = tuple[Tensor, Tensor]  # the last k - 1 inputs of the convolution, and the state
 
 
@@ -45,9 +44,7 @@ class SelectiveSSM(nn.Module):
         self.rows = [dt_rank, d_state, d_state]
         self.conv = ShortConv(inner, conv, bias=True)
         self.proj = StackedLinear(inner, self.rows, bias=False)
-        low, high = map(math.log, STEPS)
-        step = torch.empty(inner).uniform_(low, high).exp()
-        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus, backwards
+        self.dt_bias = nn.Parameter(step_biases(inner))
         self.dt_weight = nn.Parameter(torch.empty(inner, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))

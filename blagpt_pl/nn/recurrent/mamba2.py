@@ -9,7 +9,6 @@ How      by chunks (ssd.py); on CUDA by flash-linear-attention's kernel where it
 Cost     D (2 d + 2 G N + H) + (k + 1) (d + 2 G N) + 3 H + d + d D weights, d = expand D; no biases on the projections
 """
 
-import math
 from functools import partial
 from typing import ClassVar
 
@@ -22,9 +21,9 @@ from blagpt_pl.nn.checks import at_least_one, not_negative
 from blagpt_pl.nn.recurrent import kernels
 from blagpt_pl.nn.recurrent.conv import ShortConv
 from blagpt_pl.nn.recurrent.ssd import ssd
+from blagpt_pl.nn.recurrent.step_sizes import step_biases
 
-STEPS = 1e-3, 0.1  # step sizes that the heads start with
-RATES = 1.0, 16.0  # and the rates at which they forget
+RATES = 1.0, 16.0  # at which the heads forget when they start
 
 
 class GatedRMSNorm(nn.Module):
@@ -122,9 +121,7 @@ class Mamba2(SequenceMixer):
         self.dt_min = not_negative("Mamba2.dt_min", dt_min, "0.001")
         self.proj = StackedLinear(site.d_model, [inner, inner, shared, shared, heads], bias=False)
         self.conv = ShortConv(inner + 2 * shared, conv, bias=True)
-        low, high = map(math.log, STEPS)
-        step = torch.empty(heads).uniform_(low, high).exp()
-        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus, backwards
+        self.dt_bias = nn.Parameter(step_biases(heads))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*RATES).log())
         self.D = nn.Parameter(torch.ones(heads))
         eps = not_negative("Mamba2.norm_eps", norm_eps, "1e-5")

@@ -138,13 +138,13 @@ class HymbaMixer(SequenceMixer):
         self.heads = Heads(site, plain.n, plain.n_kv, plain.dim, expand * plain.dim)
         self.theta = None if theta is None else positive(f"{where}theta", theta, "10000.0")
         self.borrows, self.lends = here.borrows, here.lends
-        self.is_global = here.order[site.layer] == GLOBAL
+        is_global = here.order[site.layer] == GLOBAL
         h, inner = self.heads, expand * site.d_model
         own = [] if self.borrows else [h.n_kv * h.dim, h.n_kv * h.values]
         self.rows = [h.n * h.dim, *own, inner, inner]  # q, k, v, u, z
         heads = [h.dim, *([] if self.borrows else [h.dim, 1]), 1, 1]
         self.proj = StackedLinear(site.d_model, self.rows, bias=False, heads=heads)
-        self.core = built("attention.core", core, h) if self.is_global else MetaWindowed(h, window, here.meta)
+        self.core = built("attention.core", core, h) if is_global else MetaWindowed(h, window, here.meta)
         self.ssm = SelectiveSSM(inner, d_state, conv, rank_of(site, "HymbaMixer", dt_rank), norm)
         self.attention_norm = built("attention.norm", norm, inner)
         self.ssm_norm = built("attention.norm", norm, inner)
@@ -180,7 +180,7 @@ class HymbaMixer(SequenceMixer):
         attended = self.core(q, k, v).transpose(1, 2).flatten(2)  # (B, T, d)
         recurred, memory = self.ssm(u, z, past or None)
         if carry.states is not None:
-            carry.states.leave(*left, *memory, grows=self.is_global)
+            carry.states.leave(*left, *memory, grows=self.core.reach is None)
         return self.out((self.attention_norm(attended) + self.ssm_norm(recurred)) / 2)
 
     def with_past(
@@ -189,5 +189,4 @@ class HymbaMixer(SequenceMixer):
         """Keys and values of a piece -> those before it as well, those that the next piece needs, and the rest of the memory."""
         if past:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        left = (k, v) if self.is_global else (self.core.kept(k), self.core.kept(v))
-        return k, v, left, past[2:]
+        return k, v, (self.core.kept(k), self.core.kept(v)), past[2:]
