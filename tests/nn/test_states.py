@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blagpt_pl.nn.attention.attention import Attention
 from blagpt_pl.nn.attention.core_dilated import Dilated
+from blagpt_pl.nn.attention.core_meta import MetaWindowed
 from blagpt_pl.nn.attention.core_sdpa import SDPA
 from blagpt_pl.nn.attention.core_softcap import SoftCapped
 from blagpt_pl.nn.attention.core_window import Windowed
@@ -30,6 +31,7 @@ ATTENTIONS = {
     "rotated, shifted, grouped": attention(edits=[KVShift, qk_norm, RoPE]),
     "windowed": attention(edits=[KVShift, RoPE], core=partial(Windowed, window=5)),
     "windowed, soft-capped": attention(edits=[RoPE], core=partial(Windowed, window=4, cap=2.0)),
+    "windowed, beside the first": attention(edits=[RoPE], core=partial(MetaWindowed, window=4, always=3)),
     "soft-capped": attention(edits=[RoPE], core=partial(SoftCapped, cap=2.0)),
     "of tokens": partial(PattentionAttention, n_heads=4, n_tokens=40, n_kv_heads=2, core=SDPA, edits=[RoPE]),
 }
@@ -56,7 +58,7 @@ def test_attention_over_pieces_is_attention_over_the_whole(part: partial, sizes:
     whole = mixer(x, Carry(torch.zeros(x.shape[:2], dtype=torch.int64), x))
     assert (pieces - whole).abs().max() < 1e-12
     assert seen[-1].start == sum(sizes)
-    assert seen[-1].grows == (not isinstance(mixer.core, Windowed))
+    assert seen[-1].grows == (not isinstance(mixer.core, Windowed | MetaWindowed))
 
 
 def test_a_window_remembers_no_more_than_it_reads() -> None:
